@@ -1,0 +1,24 @@
+"""Run the graphs operator by operator, bit for bit as the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from cachegraph.runner import StepFunction
+from cachegraph.spec import TensorSpec
+
+
+class Eager:
+    """torch's eager mode."""
+
+    name = "eager"
+
+    def check(self, graph: fx.Graph) -> list[str]:
+        """Nothing is refused: eager runs whatever was traced."""
+        return []
+
+    def load(self, module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> StepFunction:
+        """The module itself."""
+        return module

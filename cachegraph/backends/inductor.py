@@ -1,0 +1,48 @@
+"""Compile the graphs with torch.compile, one whole graph a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from cachegraph.runner import StepFunction
+from cachegraph.spec import TensorSpec
+
+
+class Inductor:
+    """torch.compile with inductor; a variant is compiled at its first call."""
+
+    name = "inductor"
+
+    def check(self, graph: fx.Graph) -> list[str]:
+        """Nothing is refused: torch.compile takes every functional graph of aten operators."""
+        return []
+
+    def load(self, module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> StepFunction:
+        """A function that compiles at its first call and never again for another batch.
+
+        A batch of one is compiled apart: torch treats sizes of one as constants.
+        """
+        dynamic = [
+            (i, dim)
+            for i, spec in enumerate(inputs)
+            for dim, size in enumerate(spec.shape)
+            if not isinstance(size, int)
+        ]
+        one = torch.compile(module, fullgraph=True, dynamic=False)
+        many = torch.compile(module, fullgraph=True, dynamic=None)
+        marked = False
+
+        def call(*tensors: Tensor) -> Sequence[Tensor]:
+            nonlocal marked
+            if any(tensors[i].shape[dim] == 1 for i, dim in dynamic):
+                return one(*tensors)
+            if not marked:
+                for i, dim in dynamic:
+                    torch._dynamo.mark_dynamic(tensors[i], dim)
+                marked = True
+            return many(*tensors)
+
+        return call

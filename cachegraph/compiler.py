@@ -1,0 +1,191 @@
+"""From a model and a schedule to a compiled artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import Artifact, load_artifact
+from .backends import check_all, get_backend
+from .cost import PlanCost, plan_cost
+from .errors import ModelError
+from .graph import StepGraph
+from .pipeline import PassReport, module_weights, rewrite
+from .plan import Plan, make_plan
+from .policies import make_rows
+from .program import make_program
+from .runner import Runner
+from .schedule import Schedule, load_schedule
+from .text import graph_text
+from .trace import TracedModel, trace
+from .tracking import Track
+
+ScheduleSource = str | Path | Mapping[str, object] | Schedule
+Progress = Callable[[str], None]  # is told what is being done
+
+
+@dataclass(frozen=True)
+class Build:
+    """Everything between a schedule and an artifact, for looking at.
+
+    Attributes:
+        traced: the model.
+        schedule: what was asked for.
+        plan: what every step does.
+        graphs: the lowered graph of each variant.
+        reports: what each pass did.
+        cost: what a trajectory costs.
+        weights: name -> tensor, shared by all graphs.
+    """
+
+    traced: TracedModel
+    schedule: Schedule
+    plan: Plan
+    graphs: tuple[StepGraph, ...]
+    reports: tuple[PassReport, ...]
+    cost: PlanCost
+    weights: Mapping[str, Tensor]
+
+
+def build(
+    model: nn.Module,
+    schedule: ScheduleSource,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_batch: bool = True,
+    traced: TracedModel | None = None,
+    progress: Progress | None = None,
+) -> Build:
+    """Trace, plan and rewrite; needs shapes only, so weights may be on the meta device.
+
+    Args:
+        model: in eval mode.
+        schedule: path, preset name, dict or Schedule.
+        args: example inputs; the model's own ``example_inputs()`` where left out.
+        kwargs: example inputs by name.
+        dynamic_batch: let the batch vary where torch.export can.
+        traced: the model's trace, where it is there already.
+        progress: is told what is being done.
+
+    Raises:
+        InputError: the schedule or the model cannot be used.
+    """
+    say = progress or (lambda _: None)
+    asked = load_schedule(schedule)
+    if traced is None:
+        say("tracing the model")
+        args, kwargs = example_inputs(model, args, kwargs)
+        traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch)
+    plan = make_plan(
+        traced.sites,
+        make_rows(asked, traced.sites),
+        max_variants=asked.max_variants,
+        place=asked.where("max_variants"),
+    )
+    weights = module_weights(traced)
+    reports: list[PassReport] = []
+
+    def on_pass(_step: StepGraph, report: PassReport) -> None:
+        say(f"rewriting {report.variant} of {len(plan.variants)}: {report.pass_name}")
+        reports.append(report)
+
+    graphs = rewrite(traced, plan, weights=weights, on_pass=on_pass)
+    cost = plan_cost(plan, graphs, traced.module, weights, traced.symbols)
+    return Build(traced, asked, plan, graphs, tuple(reports), cost, weights)
+
+
+def compile(
+    model: nn.Module,
+    schedule: ScheduleSource,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: str = "inductor",
+    out: str | Path | None = None,
+    dynamic_batch: bool = True,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a model's denoising loop under a schedule; the model itself is not changed.
+
+    Args:
+        model: any module in eval mode.
+        schedule: path, preset name, dict or Schedule.
+        args: example inputs; the model's own ``example_inputs()`` where left out. The first
+            dimension of the first tensor is the batch.
+        kwargs: example inputs by name.
+        backend: what runs the graphs: ``eager`` or ``inductor``.
+        out: folder to write the artifact to.
+        dynamic_batch: let the batch vary where torch.export can.
+        progress: is told what is being done.
+
+    Returns:
+        The artifact; ``artifact.runner()`` or ``cachegraph.load(artifact)`` runs it.
+
+    Raises:
+        InputError: the schedule, the model or the backend cannot be used.
+    """
+    chosen = get_backend(backend)
+    built = build(model, schedule, args, kwargs, dynamic_batch=dynamic_batch, progress=progress)
+    check_all(chosen, [(step.variant.name, step.graph) for step in built.graphs])
+    artifact = Artifact(
+        program=make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost),
+        schedule=built.schedule,
+        graphs=tuple(step.module for step in built.graphs),
+        texts=tuple(graph_text(step) for step in built.graphs),
+        weights=built.weights,
+        backend=backend,
+        device=next(iter(built.weights.values())).device,
+    )
+    if out is not None:
+        if progress is not None:
+            progress("writing the artifact")
+        artifact.save(out)
+    return artifact
+
+
+def load(
+    artifact: str | Path | Artifact,
+    device: str | torch.device = "cpu",
+    *,
+    track: Track = "timestep",
+    backend: str | None = None,
+) -> Runner:
+    """A compiled model, callable as the traced one was; needs no model code.
+
+    Args:
+        artifact: a folder, or what :func:`compile` returned.
+        device: where a folder's weights go.
+        track: how the step of a call is found: from its ``timestep``, or by ``count``.
+        backend: another backend than the artifact was compiled for.
+
+    Raises:
+        ArtifactError: the folder is missing, half-written, damaged, edited or newer.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = load_artifact(artifact, device)
+    return artifact.runner(track=track, backend=backend)
+
+
+def example_inputs(
+    model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The given example inputs, else the model's own.
+
+    Raises:
+        ModelError: none are given and the model has none.
+    """
+    if args is not None or kwargs is not None:
+        return args or (), kwargs or {}
+    own = getattr(model, "example_inputs", None)
+    if own is None:
+        raise ModelError(
+            f"{type(model).__name__} has no example inputs of its own",
+            remedy="give args=... or kwargs=... (on the command line: --input NAME=SHAPE:DTYPE)",
+        )
+    return own()

@@ -1,0 +1,107 @@
+"""What a plan costs, known before anything runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from .graph import StepGraph
+from .plan import Plan
+from .spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Predicted cost of one trajectory.
+
+    Attributes:
+        symbols: the sizes that it was computed for, such as the batch.
+        flops: per step; 1 multiply-add is 2 FLOPs, counted by ``torch.utils.flop_counter``
+            (matrix products, convolutions and attention).
+        full_flops: of one uncached model call.
+        cache_bytes: kept after each step.
+        weight_bytes: of the weights, stored once for all variants.
+    """
+
+    symbols: Mapping[str, int]
+    flops: tuple[int, ...]
+    full_flops: int
+    cache_bytes: tuple[int, ...]
+    weight_bytes: int
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of all steps."""
+        return sum(self.flops)
+
+    @property
+    def limit(self) -> float:
+        """Speed-up if time were FLOPs: uncached over cached."""
+        return len(self.flops) * self.full_flops / max(self.total_flops, 1)
+
+
+def plan_cost(
+    plan: Plan,
+    graphs: Sequence[StepGraph],
+    full: fx.GraphModule,
+    weights: Mapping[str, Tensor],
+    symbols: Mapping[str, int],
+) -> PlanCost:
+    """Predict FLOPs and memory of a trajectory.
+
+    Args:
+        plan: what the steps do.
+        graphs: one lowered graph a variant.
+        full: the traced model.
+        weights: the weight store.
+        symbols: a size for every shape symbol.
+    """
+    per_variant = [count_flops(step.module, symbols) for step in graphs]
+    return PlanCost(
+        symbols=dict(symbols),
+        flops=tuple(per_variant[v] for v in plan.variant_of),
+        full_flops=count_flops(full, symbols),
+        cache_bytes=plan.cache_bytes(symbols),
+        weight_bytes=sum({t.data_ptr() or id(t): t.nbytes for t in weights.values()}.values()),
+    )
+
+
+def count_flops(module: fx.GraphModule, symbols: Mapping[str, int]) -> int:
+    """FLOPs of one call, from shapes alone: nothing is computed and no weight is touched."""
+    mode = module.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode
+    env: dict[fx.Node, Any] = {}
+    with mode, FlopCounterMode(display=False) as counter, torch.no_grad(), _quiet():
+        for node in module.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                env[node] = _empty(node, symbols)
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*args, **kwargs)
+    return int(counter.get_total_flops())
+
+
+def _empty(node: fx.Node, symbols: Mapping[str, int]) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return value
+    sizes = TensorSpec.of(value).sizes(symbols)
+    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the notice about counting inside another dispatch mode."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,119 @@
+"""Run the passes over the graph of each variant; verify after every one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import VerifyError
+from .graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
+from .passes import PIPELINE
+from .plan import Plan, Variant
+from .text import digest, graph_text
+from .trace import TracedModel
+from .verify import evaluate, verify
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did to one variant.
+
+    Attributes:
+        variant: name of the variant.
+        pass_name: name of the pass.
+        rewrites: how many it made.
+        nodes: nodes before and after.
+        seconds: of the pass and its verification.
+    """
+
+    variant: str
+    pass_name: str
+    rewrites: int
+    nodes: tuple[int, int]
+    seconds: float
+
+
+def rewrite(
+    traced: TracedModel,
+    plan: Plan,
+    *,
+    passes: Sequence[Pass] = PIPELINE,
+    weights: Mapping[str, Tensor] | None = None,
+    on_pass: Callable[[StepGraph, PassReport], None] | None = None,
+) -> tuple[StepGraph, ...]:
+    """The lowered graph of every variant, in the plan's order; weights are shared, never copied.
+
+    Args:
+        traced: the model.
+        plan: what the steps do.
+        passes: in order.
+        weights: name -> tensor of the weight store; the traced module's by default.
+        on_pass: called after each pass, for progress and for looking at stages.
+
+    Raises:
+        VerifyError: a pass broke a rule.
+    """
+    stored = weights if weights is not None else module_weights(traced)
+    return tuple(_rewrite_one(traced, v, passes, stored, on_pass) for v in plan.variants)
+
+
+def module_weights(traced: TracedModel) -> dict[str, Tensor]:
+    """Every tensor that the traced graph uses by name."""
+    names = {str(n.target) for n in traced.module.graph.find_nodes(op="get_attr")}
+    found = {}
+    for name in sorted(names):
+        holder, _, leaf = name.rpartition(".")
+        value = getattr(traced.module.get_submodule(holder), leaf)
+        if isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
+def _rewrite_one(
+    traced: TracedModel,
+    variant: Variant,
+    passes: Sequence[Pass],
+    weights: Mapping[str, Tensor],
+    on_pass: Callable[[StepGraph, PassReport], None] | None,
+) -> StepGraph:
+    step = StepGraph(
+        copy_module(traced.module),
+        variant,
+        traced.sites,
+        Stage.TRACED,
+        model_inputs=len(traced.signature.inputs),
+        model_outputs=len(traced.signature.outputs),
+    )
+    verify(step, weights, "trace")
+    for one in passes:
+        started = time.perf_counter()
+        nodes = len(step.graph.nodes)
+        before = digest(graph_text(step))
+        rewrites = one.apply(step)
+        _finish(step, one.name)
+        if not rewrites and digest(graph_text(step)) != before:
+            raise VerifyError(
+                "the pass says that it changed nothing, but the graph differs",
+                place=f"pass {one.name}, {variant.name}",
+            )
+        verify(step, weights, one.name)
+        if on_pass is not None:
+            seconds = time.perf_counter() - started
+            nodes_after = len(step.graph.nodes)
+            on_pass(
+                step, PassReport(variant.name, one.name, rewrites, (nodes, nodes_after), seconds)
+            )
+    step.module.delete_all_unused_submodules()
+    step.module.recompile()
+    return step
+
+
+def _finish(step: StepGraph, pass_name: str) -> None:
+    """Record the shape and origin of new nodes."""
+    for node in step.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            node.meta["val"] = evaluate(node)
+            node.meta.setdefault(ORIGIN, Origin(pass_name))

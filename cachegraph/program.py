@@ -1,0 +1,149 @@
+"""A compiled denoising loop as data: what a runner needs, free of the model's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .action import Row, sources
+from .cost import PlanCost
+from .graph import CONSTANT, StepGraph
+from .plan import Plan, make_plan
+from .schedule import Schedule
+from .signature import CallSignature
+from .site import Site
+from .spec import SpecText, TensorSpec
+from .trace import TracedModel
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a trajectory.
+
+    Attributes:
+        variant: index of the graph that it runs.
+        slots: (site, value, step that made it) for each slot input, in graph order.
+        constants: the numbers of each step constant, in graph order.
+        keeps: for each written output, whether a later step uses it.
+        frees: (site, step that made it) of the values that nothing needs afterwards.
+    """
+
+    variant: int
+    slots: tuple[tuple[int, int, int], ...]
+    constants: tuple[tuple[float, ...], ...]
+    keeps: tuple[bool, ...]
+    frees: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class VariantLayout:
+    """How a graph is called.
+
+    Attributes:
+        name: of the variant.
+        inputs: the model's, then slots, then step constants.
+        writes: (site, value) of each output behind the model's.
+    """
+
+    name: str
+    inputs: tuple[SpecText, ...]
+    writes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything but graphs and weights.
+
+    Attributes:
+        sites: every site of the model, in execution order.
+        rows: what each step does at each site.
+        cost: what a trajectory costs, predicted.
+        steps: what each step does.
+        variants: how the graphs are called.
+        signature: how the model is called.
+        batch: the symbol that stands for the batch, or None where it is fixed.
+        symbols: shape symbols with the sizes that the model was traced with.
+        timesteps: the sampler's, one a step, or None.
+        ascending: time grows along a trajectory.
+        config: the model's own configuration, as plain data.
+    """
+
+    sites: tuple[Site, ...]
+    rows: tuple[Row, ...]
+    cost: PlanCost
+    steps: tuple[Step, ...]
+    variants: tuple[VariantLayout, ...]
+    signature: CallSignature
+    batch: str | None
+    symbols: Mapping[str, int]
+    timesteps: tuple[float, ...] | None
+    ascending: bool
+    config: Mapping[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the program carries out."""
+        return make_plan(self.sites, self.rows)
+
+
+def make_program(
+    traced: TracedModel,
+    schedule: Schedule,
+    plan: Plan,
+    graphs: Sequence[StepGraph],
+    cost: PlanCost,
+) -> Program:
+    """Resolve every step's inputs and outputs.
+
+    Args:
+        traced: the model.
+        schedule: for the sampler's timesteps.
+        plan: what the steps do.
+        graphs: the lowered graph of each variant.
+        cost: what the plan costs.
+    """
+    layouts = tuple(_layout(graph) for graph in graphs)
+    return Program(
+        sites=plan.sites,
+        rows=plan.rows,
+        cost=cost,
+        steps=tuple(
+            _step(plan, graphs[variant], layouts[variant], step)
+            for step, variant in enumerate(plan.variant_of)
+        ),
+        variants=layouts,
+        signature=traced.signature,
+        batch=traced.batch,
+        symbols=dict(traced.symbols),
+        timesteps=schedule.timesteps,
+        ascending=schedule.order == "ascending",
+        config=traced.config,
+    )
+
+
+def _layout(graph: StepGraph) -> VariantLayout:
+    writes = tuple(
+        (index, value)
+        for index, (site, written) in enumerate(zip(graph.sites, graph.variant.writes, strict=True))
+        if written
+        for value in range(len(site.values))
+    )
+    inputs = tuple(TensorSpec.of(node.meta["val"]) for node in graph.inputs)
+    return VariantLayout(graph.variant.name, inputs, writes)
+
+
+def _step(plan: Plan, graph: StepGraph, layout: VariantLayout, step: int) -> Step:
+    index = {site.name: i for i, site in enumerate(plan.sites)}
+    slots = []
+    for slot in graph.read_slots():
+        site = index[slot.site]
+        slots.append((site, slot.value, sources(plan.rows[step][site])[slot.age]))
+    constants = [n.meta[CONSTANT].values[step] for n in graph.inputs if CONSTANT in n.meta]
+    return Step(
+        variant=plan.variant_of[step],
+        slots=tuple(slots),
+        constants=tuple(constants),
+        keeps=tuple(plan.is_kept(site, step) for site, _ in layout.writes),
+        frees=plan.freed_after[step],
+    )

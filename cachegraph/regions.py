@@ -1,0 +1,404 @@
+"""Find the sites of a traced graph from its structure alone.
+
+A site is the branch of a residual add. No class or module name is looked at, so a model that was
+never seen before works as well as a known one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .site import Site, SiteKind, SiteValue
+from .spec import TensorSpec
+
+aten = torch.ops.aten
+
+_VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.expand.default,
+}
+_CASTS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.type_as.default,
+}
+_PIECES = {
+    operator.getitem,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.select.int,
+    aten.narrow.default,
+}
+# What a stream may pass on its way to a residual add; an expanded tensor is a modulation.
+_CARRIED = (_VIEWS | _CASTS | {aten.slice.Tensor}) - {aten.expand.default}
+_CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.convolution.default,
+    aten.conv2d.padding,
+    aten.conv1d.padding,
+    aten.conv3d.padding,
+}
+_PRODUCTS = {
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.mm.default,
+    aten.baddbmm.default,
+    aten.addmm.default,
+    aten.einsum.default,
+}
+_ATTENTION = {aten.scaled_dot_product_attention.default}
+
+
+@dataclass
+class _Branch:
+    """The right-hand side of a residual add: ``source + branch``."""
+
+    source: fx.Node
+    value: fx.Node
+    cores: tuple[fx.Node, ...]
+    linears: tuple[fx.Node, ...]
+    adds: tuple[fx.Node, ...]  # the residual adds it ends in
+    sources: set[fx.Node] = field(default_factory=set)
+
+
+class _Dependence:
+    """Who depends on whom: one bit a node, so that a set operation is one integer operation."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.above: list[int] = []  # the node itself and all it depends on
+        inputs = 0
+        for i, node in enumerate(self.nodes):
+            bits = 1 << i
+            for argument in node.all_input_nodes:
+                bits |= self.above[self.index[argument]]
+            self.above.append(bits)
+            if node.op == "placeholder":
+                inputs |= 1 << i
+        self.inputs = inputs
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        return bool(self.above[self.index[node]] >> self.index[on] & 1)
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """True where no model input is behind the node."""
+        return not self.above[self.index[node]] & self.inputs
+
+    def between(self, source: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The nodes on a path from source (left out) to end (included), in order."""
+        start, bits = self.index[source], self.above[self.index[end]]
+        return [
+            node
+            for i, node in enumerate(self.nodes[start + 1 : self.index[end] + 1], start + 1)
+            if bits >> i & 1 and self.above[i] >> start & 1
+        ]
+
+
+def find_sites(graph: fx.Graph) -> tuple[Site, ...]:
+    """The sites of a traced graph in the order of their execution.
+
+    Args:
+        graph: functional, with ``meta["val"]`` and ``meta["nn_module_stack"]`` on its nodes.
+    """
+    dependence = _Dependence(graph)
+    merged: list[_Branch] = []
+    for branch in _branches(dependence):
+        _merge(merged, branch)
+    merged.sort(key=lambda b: dependence.index[b.value])
+    groups: list[list[_Branch]] = []
+    for branch in merged:  # branches with the same cores are one site with several values
+        twin = next((g for g in groups if branch.cores and g[0].cores == branch.cores), None)
+        groups.append([branch]) if twin is None else twin.append(branch)
+    sites = tuple(_site(dependence, group) for group in groups)
+    return _with_unique_names(sites)
+
+
+def _merge(merged: list[_Branch], branch: _Branch) -> None:
+    for known in merged:
+        if known.value is branch.value:
+            known.adds += branch.adds
+            known.sources |= branch.sources
+            return
+    merged.append(branch)
+
+
+def _branches(dependence: _Dependence) -> Iterator[_Branch]:
+    residual: dict[fx.Node, fx.Node] = {}  # residual add -> its source
+    sited: set[fx.Node] = set()  # residual adds whose branch is a site
+    for node in dependence.nodes:
+        pair = _residual(dependence, node, residual)
+        if pair is None:
+            continue
+        source, end = pair
+        residual[node] = source
+        source = _latest(residual, sited, source, dependence.between(source, end))
+        for value in _kept(dependence, source, end):
+            branch = _classify(dependence, source, value, node)
+            if branch is not None:
+                sited.add(node)
+                yield branch
+
+
+def _latest(
+    residual: dict[fx.Node, fx.Node],
+    sited: set[fx.Node],
+    source: fx.Node,
+    region: list[fx.Node],
+) -> fx.Node:
+    """The last residual add in the region, which the branch then starts from.
+
+    It is one of the source's own chain, ``x + f(h), h = x + g(x)``, or one whose branch is a site
+    (an outer skip over whole blocks). Any other is a part of this branch: ``y + conv(y)`` at its
+    end, the cubic term of a written-out gelu.
+    """
+    chain = {source}
+    for node in region:
+        if node in sited or residual.get(node) in chain:
+            chain.add(node)
+            source = node
+    return source
+
+
+def _residual(
+    dependence: _Dependence, node: fx.Node, residual: dict[fx.Node, fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
+    """(source, end of the branch) where the node is a residual add."""
+    if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return None
+    if not _shape(left) == _shape(right) == _shape(node) or dependence.is_constant(node):
+        return None
+    for carried, branch in ((left, right), (right, left)):
+        source = _strip(carried, _CARRIED)
+        if source is not branch and dependence.depends(branch, source):
+            return source, branch
+    for carried, branch in ((left, right), (right, left)):
+        known = residual.get(_strip(carried, _CARRIED))
+        if known is not None and dependence.depends(branch, known):
+            return known, branch
+    return None
+
+
+def _kept(dependence: _Dependence, source: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
+    """Walk back from the end of a branch to what is kept: before gate, casts, pieces and views."""
+    node = _strip(node, _VIEWS | _CASTS | _PIECES)
+    if node is source or not dependence.depends(node, source):
+        return ()
+    operands = node.all_input_nodes
+    working = [a for a in operands if _works(dependence, source, a)]
+    if node.target is aten.mul.Tensor and len(operands) == 2 and len(working) == 1:
+        gate = operands[0] if operands[1] is working[0] else operands[1]
+        if not dependence.is_constant(gate):
+            return _kept(dependence, source, working[0])
+    if node.target is aten.add.Tensor and _independent(dependence, working):
+        # x + (attn(x) + mlp(x)): two sites
+        return tuple(n for a in working for n in _kept(dependence, source, a))
+    if node.target is aten.cat.default:  # pieces that got gates of their own
+        joined = {_kept(dependence, source, a) for a in operands}
+        if len(joined) == 1 and len(pieces := joined.pop()) == 1:
+            return pieces
+    return (node,)
+
+
+def _independent(dependence: _Dependence, nodes: Sequence[fx.Node]) -> bool:
+    return len(nodes) == 2 and not (
+        dependence.depends(nodes[0], nodes[1]) or dependence.depends(nodes[1], nodes[0])
+    )
+
+
+def _works(dependence: _Dependence, source: fx.Node, node: fx.Node) -> bool:
+    """True where the node's part of the region does a site's main work."""
+    return _classify(dependence, source, node, node) is not None
+
+
+def _classify(
+    dependence: _Dependence, source: fx.Node, value: fx.Node, add: fx.Node
+) -> _Branch | None:
+    if value is source or not dependence.depends(value, source):
+        return None
+    region = dependence.between(source, value)
+    cores = _cores(dependence, region)
+    linears = tuple(n for n in region if _is_linear(dependence, n))
+    if not cores and not _in_series(dependence, linears):
+        return None
+    value = _module_output(dependence, source, value, (*cores, *linears))
+    return _Branch(source, value, cores, linears, (add,), {source})
+
+
+def _module_output(
+    dependence: _Dependence, source: fx.Node, value: fx.Node, anchors: Sequence[fx.Node]
+) -> fx.Node:
+    """The module's own output where a norm behind it made the value (Mochi, Z-Image).
+
+    Reusing what the module returned is what hooks on modules do, and it is as exact: the norm runs
+    on the reused value.
+    """
+    module = _enclosing_module(set(anchors), [])
+    if module is None or (_output_module(value) is not None and module in _stack(value)):
+        return value
+    last = max(anchors, key=dependence.index.__getitem__)
+    if last is value or not _is_linear(dependence, last):
+        return value
+    region = set(dependence.between(source, value))
+    for node in dependence.between(last, value):  # does anything pass the projection by?
+        for a in node.all_input_nodes:
+            if a in region and a is not last and not dependence.depends(a, last):
+                return value
+    return last
+
+
+def _in_series(dependence: _Dependence, linears: Sequence[fx.Node]) -> bool:
+    return any(dependence.depends(b, a) for i, b in enumerate(linears) for a in linears[:i])
+
+
+def _cores(dependence: _Dependence, region: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """Attention cores: SDPA, or two products of activations in series (with or without softmax)."""
+    whole = [n for n in region if n.target in _ATTENTION or str(n.target) == "flex_attention"]
+    products = [n for n in region if n.target in _PRODUCTS and _mixes(dependence, n)]
+    if not _in_series(dependence, products):
+        products = []
+    return tuple(sorted([*whole, *products], key=dependence.index.__getitem__))
+
+
+def _mixes(dependence: _Dependence, node: fx.Node) -> bool:
+    """True for a product of two activations of rank 3 or more."""
+    factors = [n for n in node.all_input_nodes if not dependence.is_constant(n)]
+    return len(_shape(node)) >= 3 and len(factors) >= 2
+
+
+def _is_linear(dependence: _Dependence, node: fx.Node) -> bool:
+    if node.target is aten.linear.default or node.target in _CONVOLUTIONS:
+        return True
+    return node.target in _PRODUCTS and any(dependence.is_constant(n) for n in node.all_input_nodes)
+
+
+def _strip(node: fx.Node, through: set[Any]) -> fx.Node:
+    while node.target in through and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _shape(node: fx.Node) -> tuple[str, ...]:
+    value = node.meta.get("val")
+    return tuple(str(d) for d in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _site(dependence: _Dependence, group: list[_Branch]) -> Site:
+    anchors = {n for branch in group for n in (*branch.cores, *branch.linears)}
+    adds = [add for branch in group for add in branch.adds]
+    kind = _kind(dependence, group)
+    module = _enclosing_module(anchors, adds)
+    block = _common_module([*anchors, *adds])
+    return Site(
+        name=module if module is not None else f"{block}:{kind.value}" if block else kind.value,
+        kind=kind,
+        values=tuple(
+            SiteValue(b.value.name, TensorSpec.of(b.value.meta["val"]), _output_module(b.value))
+            for b in group
+        ),
+        module=module,
+        anchors=tuple(n.name for n in sorted(anchors, key=dependence.index.__getitem__)),
+        fused=any(_is_fused(dependence, branch) for branch in group),
+    )
+
+
+def _kind(dependence: _Dependence, group: list[_Branch]) -> SiteKind:
+    if not group[0].cores:
+        return SiteKind.MLP
+    if len({source for branch in group for source in branch.sources}) > 1:
+        return SiteKind.ATTN  # joint attention of two streams
+    source = group[0].source
+    for core in group[0].cores:
+        factors = [a for a in core.args[:3] if isinstance(a, fx.Node)]
+        if any(not dependence.depends(a, source) for a in factors):
+            return SiteKind.CROSS_ATTN
+    return SiteKind.ATTN
+
+
+def _is_fused(dependence: _Dependence, branch: _Branch) -> bool:
+    """True where the last projection takes attention and another branch of the block together."""
+    for linear in branch.linears if branch.cores else ():
+        joined = _strip(linear.all_input_nodes[0], _VIEWS | _CASTS)
+        if joined.target is not aten.cat.default:
+            continue
+        parts = joined.all_input_nodes
+        with_core = [any(dependence.depends(p, core) for core in branch.cores) for p in parts]
+        if any(with_core) and not all(with_core):
+            return True
+    return False
+
+
+def _stack(node: fx.Node) -> list[str]:
+    """Module paths that the node was called in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
+
+
+def _common_module(nodes: Sequence[fx.Node]) -> str:
+    common = _stack(nodes[0])
+    for node in nodes[1:]:
+        paths = set(_stack(node))
+        common = [path for path in common if path in paths]
+    return common[-1] if common else ""
+
+
+def _enclosing_module(anchors: set[fx.Node], adds: Sequence[fx.Node]) -> str | None:
+    """The innermost module that holds every anchor and none of the residual adds."""
+    holding = _stack(next(iter(anchors)))
+    for node in anchors:
+        paths = set(_stack(node))
+        holding = [path for path in holding if path in paths]
+    outside = {path for add in adds for path in _stack(add)}
+    inner = [path for path in holding if path not in outside]
+    return inner[-1] if inner else None
+
+
+def _output_module(value: fx.Node) -> str | None:
+    """The innermost module that returns the value: no one in it uses the value any more."""
+    stack = _stack(value)
+    if not stack or not stack[-1]:
+        return None
+    users = [user for user in value.users if stack[-1] in _stack(user)]
+    return None if users else stack[-1]
+
+
+def _with_unique_names(sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Number the calls of a module that is called for several streams: ``ff``, ``ff@1``."""
+    calls: dict[str, int] = {}
+    named = []
+    for site in sites:
+        call = calls.get(site.name, 0)
+        calls[site.name] = call + 1
+        named.append(replace(site, name=f"{site.name}@{call}", call=call) if call else site)
+    return tuple(named)

@@ -1,0 +1,255 @@
+"""Run compiled step graphs in a sampler: sessions, branches, slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SessionError
+from .program import Program
+from .spec import TensorSpec, evaluate
+from .tracking import Position, Track, Tracking, make_tracking
+
+StepFunction = Callable[..., Sequence[Tensor]]  # a compiled variant
+
+
+@dataclass
+class _Branch:
+    """The state of one trajectory of cond or uncond calls.
+
+    A call changes it only when it has succeeded, so a failed one can be repeated.
+    """
+
+    position: Position = field(default_factory=Position)
+    shapes: tuple[tuple[object, ...], ...] = ()
+    values: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+
+class ModelConfig(dict[str, Any]):
+    """A model's configuration, by key and by attribute, as diffusers pipelines ask for it."""
+
+    def __getattr__(self, name: str) -> Any:
+        """The entry of that name."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Session:
+    """One trajectory being sampled; independent of all others over the same weights.
+
+    Sessions may interleave and may run in threads of their own; one session serves one thread.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._branches: dict[str, _Branch] = {}
+        self._branch_name = ""
+
+    def __call__(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
+        """Call the model for one step.
+
+        Args:
+            args: as the traced model takes them.
+            step: the step, where the sampler knows it; else it is found from the timestep.
+            kwargs: as the traced model takes them.
+
+        Returns:
+            What the traced model returns.
+
+        Raises:
+            SessionError: the call does not have the traced form, or does not fit the trajectory.
+        """
+        runner = self._runner
+        signature = runner.program.signature
+        inputs = signature.flatten(args, kwargs)
+        branch = self._branches.setdefault(self._branch_name, _Branch())
+        position = runner.tracking.locate(branch.position, inputs, step)
+        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
+        if position.step == 0:
+            runner.check_inputs(inputs)
+            branch.values.clear()
+            branch.shapes, branch.position = shapes, Position()
+        elif shapes != branch.shapes:
+            self._refuse_change(branch, shapes, position.step)
+        outputs = runner.run_step(position.step, inputs, branch.values)
+        branch.position = position
+        return signature.unflatten(outputs, kwargs.get("return_dict"))
+
+    def reset(self) -> None:
+        """Forget every value and begin a new trajectory."""
+        self._branches.clear()
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Name the branch that the calls inside belong to, such as ``cond`` or ``uncond``."""
+        before, self._branch_name = self._branch_name, name
+        try:
+            yield
+        finally:
+            self._branch_name = before
+
+    def cache_bytes(self) -> int:
+        """Bytes of the values that are kept now, over all branches."""
+        return sum(t.nbytes for b in self._branches.values() for t in b.values.values())
+
+    def _refuse_change(
+        self, branch: _Branch, shapes: tuple[tuple[object, ...], ...], step: int
+    ) -> None:
+        names = [name for name, _ in self._runner.program.signature.inputs]
+        for name, before, now in zip(names, branch.shapes, shapes, strict=True):
+            if before != now:
+                raise SessionError(
+                    f"input {name!r} changed in the middle of a trajectory",
+                    place=f"step {step}",
+                    expected=" ".join(map(str, before)),
+                    found=" ".join(map(str, now)),
+                    remedy="begin a new trajectory with the first timestep, or use a session each",
+                )
+
+
+class Runner(nn.Module):
+    """Compiled step graphs, callable as the traced model was.
+
+    Args:
+        program: what the steps do.
+        functions: one compiled graph a variant.
+        weights: name -> tensor, shared by all variants.
+        track: ``timestep`` finds the step of a call from its timestep; ``count`` takes every call
+            for the next step, which spares reading a GPU tensor.
+
+    Attributes:
+        config: the traced model's configuration (diffusers).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        functions: Sequence[StepFunction],
+        weights: Mapping[str, Tensor],
+        track: Track = "timestep",
+    ) -> None:
+        super().__init__()
+        self.program = program
+        self.tracking: Tracking = make_tracking(
+            program.signature,
+            len(program.steps),
+            track=track,
+            timesteps=program.timesteps,
+            ascending=program.ascending,
+        )
+        self.config = ModelConfig(program.config)
+        self._functions = tuple(functions)
+        self._weights = dict(weights)
+        first = next(iter(weights.values()))
+        self.device: torch.device = first.device
+        self.dtype: torch.dtype = next(
+            (w.dtype for w in weights.values() if w.is_floating_point()), first.dtype
+        )
+        self._constants = {
+            (step, i): torch.tensor(numbers, dtype=torch.float32, device=self.device)
+            for step, entry in enumerate(program.steps)
+            for i, numbers in enumerate(entry.constants)
+        }
+        self._session = Session(self)
+        self.eval()
+
+    def forward(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
+        """Call the model for one step of the runner's own session; see :class:`Session`."""
+        return self._session(*args, step=step, **kwargs)
+
+    def session(self) -> Session:
+        """An independent trajectory over the same weights."""
+        return Session(self)
+
+    def reset(self) -> None:
+        """Forget the runner's own trajectory."""
+        self._session.reset()
+
+    def cache_context(self, name: str) -> Any:
+        """Name the branch of the calls inside, as diffusers pipelines do."""
+        return self._session.cache_context(name)
+
+    def cache_bytes(self) -> int:
+        """Bytes that the runner's own session keeps now."""
+        return self._session.cache_bytes()
+
+    @torch.no_grad()
+    def run_step(
+        self, step: int, inputs: Sequence[Tensor], values: dict[tuple[int, int, int], Tensor]
+    ) -> Sequence[Tensor]:
+        """Launch the graph of a step: kept values in, new ones out.
+
+        Args:
+            step: which.
+            inputs: the model's, in graph order.
+            values: (site, value, step that made it) -> tensor; updated.
+
+        Returns:
+            The model's outputs.
+        """
+        entry = self.program.steps[step]
+        layout = self.program.variants[entry.variant]
+        slots = [values[key] for key in entry.slots]
+        constants = [self._constants[step, i] for i in range(len(entry.constants))]
+        outputs = self._functions[entry.variant](*inputs, *slots, *constants)
+        count = len(self.program.signature.outputs)
+        for (site, value), keep, tensor in zip(
+            layout.writes, entry.keeps, outputs[count:], strict=True
+        ):
+            if keep:
+                values[site, value, step] = tensor
+        freed = set(entry.frees)
+        for key in [key for key in values if (key[0], key[2]) in freed]:
+            del values[key]
+        return outputs[:count]
+
+    def check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse tensors that the traced graph was not made for.
+
+        Raises:
+            SessionError: another dtype, rank, size or device.
+        """
+        sizes: dict[str, int] = {}
+        for (name, spec), tensor in zip(self.program.signature.inputs, inputs, strict=True):
+            for dim, size in zip(spec.shape, tensor.shape, strict=False):
+                if isinstance(dim, str) and dim.isidentifier():
+                    sizes.setdefault(dim, size)
+            if _fits(spec, tensor, sizes) and tensor.device.type == self.device.type:
+                continue
+            raise SessionError(
+                f"input {name!r} does not fit the compiled graphs",
+                expected=f"{spec} on {self.device.type}",
+                found=f"{TensorSpec.of(tensor)} on {tensor.device.type}",
+                remedy=""
+                if self.program.batch
+                else "the batch is fixed: compile with example inputs of this size",
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Accept ``.to(...)`` that changes nothing, which pipelines call; refuse the rest."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.device.type == self.device.type and probe.dtype == self.dtype:
+            return self
+        raise SessionError(
+            "compiled step graphs cannot be moved or cast",
+            expected=f"{self.dtype} on {self.device}",
+            found=f"{probe.dtype} on {probe.device}",
+            remedy="load the artifact there: cachegraph.load(path, device=...)",
+        )
+
+
+def _fits(spec: TensorSpec, tensor: Tensor, sizes: Mapping[str, int]) -> bool:
+    if tensor.dtype != spec.dtype or tensor.ndim != len(spec.shape):
+        return False
+    try:
+        wanted = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape]
+    except KeyError:
+        return False
+    return wanted == list(tensor.shape)

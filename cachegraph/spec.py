@@ -1,0 +1,114 @@
+"""Shape and dtype of a tensor whose batch may be symbolic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import sympy
+import torch
+from pydantic import PlainSerializer, PlainValidator
+
+_SHORT = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "b8",
+}
+_LONG = {short: dtype for dtype, short in _SHORT.items()}
+_TEXT = re.compile(r"(\w+)\[(.*)\]")
+
+Dim = int | str  # a number, or an expression in shape symbols such as "s0" or "2*s0"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's shape and dtype; its text form is ``f32[s0, 256, 1152]``."""
+
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of a real or fake tensor; symbolic sizes become expressions."""
+        shape = tuple(d if isinstance(d, int) else str(d) for d in tensor.shape)
+        return cls(shape, tensor.dtype)
+
+    @classmethod
+    def parse(cls, text: str) -> TensorSpec:
+        """The inverse of ``str``.
+
+        Raises:
+            ValueError: the text is not of the form ``f32[2, 16]``.
+        """
+        match = _TEXT.fullmatch(text)
+        if match is None or match[1] not in _LONG:
+            raise ValueError(f"not a tensor spec: {text!r}")
+        dims = (d.strip() for d in match[2].split(",") if d.strip())
+        return cls(tuple(int(d) if d.lstrip("-").isdigit() else d for d in dims), _LONG[match[1]])
+
+    def __str__(self) -> str:
+        """Such as ``f32[s0, 256, 1152]``."""
+        return f"{short_dtype(self.dtype)}[{', '.join(map(str, self.shape))}]"
+
+    def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in numbers, with every symbol replaced by its value."""
+        return tuple(d if isinstance(d, int) else evaluate(d, symbols) for d in self.shape)
+
+    def nbytes(self, symbols: Mapping[str, int]) -> int:
+        """Bytes of a dense tensor of this spec."""
+        count = 1
+        for size in self.sizes(symbols):
+            count *= size
+        return count * self.dtype.itemsize
+
+    def symbols(self) -> set[str]:
+        """The names of the symbols in the shape."""
+        found: set[str] = set()
+        for dim in self.shape:
+            if isinstance(dim, str):
+                found |= set(re.findall(r"[A-Za-z_]\w*", dim))
+        return found
+
+
+def _from_text(value: object) -> TensorSpec:
+    return value if isinstance(value, TensorSpec) else TensorSpec.parse(str(value))
+
+
+SpecText = Annotated[TensorSpec, PlainValidator(_from_text), PlainSerializer(str)]  # in JSON
+
+
+def evaluate(expression: str, symbols: Mapping[str, int]) -> int:
+    """The value of a shape expression such as ``2*s0``.
+
+    Raises:
+        KeyError: a symbol without a value.
+    """
+    if expression in symbols:
+        return symbols[expression]
+    free = {str(s) for s in sympy.sympify(expression).free_symbols}
+    return int(sympy.sympify(expression).subs({name: symbols[name] for name in free}))
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """The short name used in graph text, such as ``f32``."""
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def spec_text(value: Any) -> str:
+    """Text of a node's recorded value: a spec, a symbolic number, or a tuple of these."""
+    if isinstance(value, torch.Tensor):
+        return str(TensorSpec.of(value))
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(spec_text(v) for v in value) + ")"
+    return str(value)

@@ -1,0 +1,14 @@
+"""Models that cachegraph knows: DiT in all published sizes, and a small one that is shipped."""
+
+from cachegraph.zoo.digits import ddim_timesteps, load_digits_model, sample_digits
+from cachegraph.zoo.dit import DiT
+from cachegraph.zoo.recognise import build_model, load_model
+
+__all__ = [
+    "DiT",
+    "build_model",
+    "ddim_timesteps",
+    "load_digits_model",
+    "load_model",
+    "sample_digits",
+]

@@ -1,0 +1,335 @@
+"""Loads weights of known architectures, recognised from names and shapes alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from cachegraph.errors import ModelError, nearest
+from cachegraph.zoo.checkpoint import SUFFIXES, list_names, read_tensors
+from cachegraph.zoo.digits import load_digits_model
+from cachegraph.zoo.dit import PATCH_SIZES, SIZES, DiT
+
+Shapes = Mapping[str, tuple[int, ...]]
+Options = Mapping[str, int]
+
+PRESETS = {"digits": load_digits_model}
+
+
+class Architecture(Protocol):
+    """A family of models whose state dicts can be recognised."""
+
+    @property
+    def name(self) -> str:
+        """The family as written in ``arch``, such as ``DiT``."""
+        ...
+
+    @property
+    def sizes(self) -> Mapping[str, Options]:
+        """Published sizes by name, such as ``DiT-XL/2``, with the options that make them."""
+        ...
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What ``arch="NAME(option=1)"`` can say."""
+        ...
+
+    def matches(self, shapes: Shapes) -> bool:
+        """Whether a state dict with these names and shapes is of this family."""
+        ...
+
+    def infer(self, shapes: Shapes, metadata: Mapping[str, str], options: Options) -> nn.Module:
+        """The model that the shapes tell of; ``options`` come before what is seen in them."""
+        ...
+
+    def create(self, input_size: int, options: Options) -> nn.Module:
+        """A model from options alone; the rest is as the family's code has it by default."""
+        ...
+
+
+@dataclass(frozen=True)
+class DiTArchitecture:
+    """State dicts with the names of facebookresearch/DiT."""
+
+    name: str = "DiT"
+    options: tuple[str, ...] = (
+        *("patch_size", "in_channels", "hidden_size"),
+        *("depth", "num_heads", "num_classes"),
+    )
+
+    @property
+    def sizes(self) -> Mapping[str, Options]:
+        """S, B, L and XL with patches of 2, 4 and 8."""
+        return {
+            f"DiT-{letter}/{patch}": {"patch_size": patch, **size._asdict()}
+            for letter, size in SIZES.items()
+            for patch in PATCH_SIZES
+        }
+
+    def matches(self, shapes: Shapes) -> bool:
+        """By the three embedders; a class table tells DiT from its text-conditioned relatives."""
+        marks = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.0.")
+        return all(any(key.startswith(mark) for key in shapes) for mark in marks)
+
+    def infer(self, shapes: Shapes, metadata: Mapping[str, str], options: Options) -> DiT:
+        """Everything but the number of heads is in the shapes."""
+        hidden, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
+        classes, _ = _shape(shapes, "y_embedder.embedding_table.weight", 2)
+        inner, _ = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)
+        outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
+        _, tokens, _ = _shape(shapes, "pos_embed", 3)
+        seen = {
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": hidden,
+            "depth": _depth(shapes),
+            "num_classes": classes - 1,  # the last row is the null class
+        } | dict(options)
+        if "num_heads" not in seen:
+            seen["num_heads"] = _heads(hidden, metadata)
+        return DiT(
+            input_size=_side(tokens) * seen["patch_size"],
+            mlp_ratio=inner / hidden,
+            class_dropout_prob=0.1 if classes > seen["num_classes"] else 0.0,
+            learn_sigma=outputs != patch * patch * channels,
+            **seen,
+        )
+
+    def create(self, input_size: int, options: Options) -> DiT:
+        """What the options do not say is as in DiT-XL/2."""
+        return DiT(input_size=input_size, learn_sigma=True, **options)
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (DiTArchitecture(),)
+
+
+def load_model(
+    path: str | Path, arch: str | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Loads weights into a model of the architecture that their names and shapes tell of.
+
+    All sizes are read from the shapes, except the number of attention heads, which leaves no
+    trace in them. It is, in this order: what ``arch`` says, the metadata key ``num_heads`` of a
+    ``.safetensors`` file, the published number for the widths of DiT-S, B, L and XL (6, 12, 16,
+    16). Any other width without either is refused, for a guess would give wrong images.
+
+    Args:
+        path: ``.pt``, ``.pth`` or ``.safetensors`` file with a state dict, plain or under the
+            key ``ema``, ``model`` or ``state_dict`` (the first of these that is there); or the
+            name of a shipped model: ``digits``.
+        arch: what the weights must be: a published size (``"DiT-XL/2"``), or single values that
+            the shapes do not tell (``"DiT(num_heads=4)"``). None recognises them.
+        device: where the weights are put.
+
+    Returns:
+        The model in eval mode, its parameters without gradients and of the dtype they were
+        stored in (the shipped model: float32).
+
+    Raises:
+        ModelError: the file cannot be read or holds more than weights, the architecture is
+            unknown, or a key is missing, unknown or of another shape.
+    """
+    if (preset := PRESETS.get(str(path))) is not None:
+        if arch is not None:
+            raise ModelError(
+                f"the shipped model {str(path)!r} takes no architecture",
+                expected="arch left out",
+                found=f"arch={arch!r}",
+            )
+        return preset(device)
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise _no_weights_file(path)
+    state, metadata = read_tensors(path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    options: Options = {}
+    if arch is None:
+        architecture = _recognise(shapes, path)
+    else:
+        architecture, options = _parse_arch(arch)
+    with torch.device("meta"), _place(path):
+        model = architecture.infer(shapes, metadata, options)
+    _check_shapes(model, shapes, path)
+    # assign: the tensors read become the parameters, so that nothing is held twice
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def build_model(
+    arch: str, input_size: int = 32, device: torch.device | str = "cpu", seed: int = 0
+) -> nn.Module:
+    """Makes a model by name with random weights, the same for the same seed.
+
+    Every weight is small and none is zero. An adaLN-Zero start, as for training, would make all
+    blocks the identity, and nothing could be seen of what caching does to them.
+
+    Args:
+        arch: ``"DiT-XL/2"``, or ``"DiT(hidden_size=64, depth=2, num_heads=4)"``: what is not
+            said is as in the largest published size.
+        input_size: height and width of the (latent) image, 32 for images of 256x256.
+        device: where the weights are put; ``"meta"`` for shapes without any.
+        seed: of the weights.
+
+    Returns:
+        The model in eval mode, its parameters without gradients.
+
+    Raises:
+        ModelError: the name is unknown, or the sizes do not divide.
+    """
+    architecture, options = _parse_arch(arch)
+    device = torch.device(device)
+    if device.type == "meta":
+        with device:
+            model = architecture.create(input_size, options)
+    else:
+        # Only the CPU's generator is borrowed, and given back as it was. Its numbers are the same
+        # on every machine, which those of GPUs are not.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            model = architecture.create(input_size, options)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _parse_arch(arch: str) -> tuple[Architecture, dict[str, int]]:
+    """``DiT-XL/2`` or ``DiT(num_heads=4)`` as the family and its options."""
+    for architecture in ARCHITECTURES:
+        if arch in architecture.sizes:
+            return architecture, dict(architecture.sizes[arch])
+    match = re.fullmatch(r"\s*([\w.-]+)\s*\((.*)\)\s*", arch)
+    families = {architecture.name: architecture for architecture in ARCHITECTURES}
+    if match is None or match[1] not in families:
+        names = [name for architecture in ARCHITECTURES for name in architecture.sizes]
+        raise ModelError(
+            f"unknown architecture {arch!r}",
+            expected=f"one of {', '.join(names)}, or a family with options such as "
+            f"{ARCHITECTURES[0].name}(num_heads=4)",
+            remedy=nearest(arch, names),
+        )
+    architecture = families[match[1]]
+    pairs = [pair.strip() for pair in match[2].split(",") if pair.strip()]
+    return architecture, dict(_parse_option(pair, architecture) for pair in pairs)
+
+
+def _parse_option(pair: str, architecture: Architecture) -> tuple[str, int]:
+    name, _, value = (part.strip() for part in pair.partition("="))
+    if name not in architecture.options:
+        raise ModelError(
+            f"unknown option {name!r} of {architecture.name}",
+            expected=f"one of {', '.join(architecture.options)}",
+            remedy=nearest(name, architecture.options),
+        )
+    if not value.isdecimal() or int(value) == 0:
+        raise ModelError(
+            f"option {name!r} of {architecture.name} has no usable value",
+            expected="a positive whole number",
+            found=repr(value),
+        )
+    return name, int(value)
+
+
+def _no_weights_file(path: Path) -> ModelError:
+    """For what is neither a weights file nor a shipped model, with what may have been meant."""
+    name = path.as_posix()
+    remedy = nearest(name, PRESETS)
+    if any(name in architecture.sizes for architecture in ARCHITECTURES):
+        remedy = f"build_model({name!r}) makes one with random weights"
+    return ModelError(
+        f"{name!r} is no weights file",
+        expected=f"a name in {', '.join(SUFFIXES)}, or a shipped model ({', '.join(PRESETS)})",
+        remedy=remedy,
+    )
+
+
+def _recognise(shapes: Shapes, path: Path) -> Architecture:
+    for architecture in ARCHITECTURES:
+        if architecture.matches(shapes):
+            return architecture
+    raise ModelError(
+        "these weights are of no known architecture",
+        place=str(path),
+        expected=" or ".join(architecture.name for architecture in ARCHITECTURES),
+        found=f"{len(shapes)} tensors: {list_names(shapes)}",
+        remedy="compile other models as a torch.export program (.pt2) or as module:factory",
+    )
+
+
+@contextmanager
+def _place(path: Path) -> Iterator[None]:
+    """Says which file an error is about."""
+    try:
+        yield
+    except ModelError as error:
+        parts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
+        raise ModelError(error.what, place=str(path), **parts) from error
+
+
+def _check_shapes(model: nn.Module, shapes: Shapes, path: Path) -> None:
+    """Refuses with everything that does not fit, not only the first."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    problems = {
+        "missing": [key for key in wanted if key not in shapes],
+        "unknown": [key for key in shapes if key not in wanted],
+        "of another shape": [
+            f"{key} {shapes[key]} instead of {shape}"
+            for key, shape in wanted.items()
+            if key in shapes and shapes[key] != shape
+        ],
+    }
+    found = "; ".join(f"{kind}: {list_names(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise ModelError(
+            "the weights do not fit the model",
+            place=str(path),
+            expected=f"{len(wanted)} tensors of {getattr(model, 'arch', type(model).__name__)}",
+            found=found,
+        )
+
+
+def _shape(shapes: Shapes, key: str, dimensions: int) -> tuple[int, ...]:
+    if key not in shapes:
+        raise ModelError("the weights lack a tensor that tells the model's size", expected=key)
+    if len(shapes[key]) != dimensions or 0 in shapes[key]:
+        raise ModelError(
+            f"tensor {key} has the wrong shape",
+            expected=f"{dimensions} dimensions, none of them 0",
+            found=str(shapes[key]),
+        )
+    return shapes[key]
+
+
+def _depth(shapes: Shapes) -> int:
+    """The number of blocks; counted, for the highest index of a hostile file may be any number."""
+    return len({match[0] for key in shapes if (match := re.match(r"blocks\.\d+\.", key))})
+
+
+def _side(tokens: int) -> int:
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ModelError(
+            "pos_embed is not of a square image",
+            expected="a square number of tokens",
+            found=str(tokens),
+        )
+    return side
+
+
+def _heads(hidden: int, metadata: Mapping[str, str]) -> int:
+    if (said := metadata.get("num_heads", "")).isdecimal():
+        return int(said)
+    for size in SIZES.values():
+        if size.hidden_size == hidden:
+            return size.num_heads
+    raise ModelError(
+        f"the number of attention heads of a DiT of width {hidden} cannot be told from its weights",
+        expected=f"a published width ({', '.join(str(s.hidden_size) for s in SIZES.values())}), "
+        "or the metadata key num_heads in a .safetensors file",
+        remedy="say it, such as arch='DiT(num_heads=4)'",
+    )

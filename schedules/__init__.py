@@ -1,0 +1,1 @@
+"""Published settings as YAML files, one a file; `--schedule NAME` finds them by name."""

@@ -1,0 +1,67 @@
+"""What all tests share: options, markers that skip, two threads, the folder of recordings."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# A first example compiles or loads something, which no deadline foresees.
+hypothesis.settings.register_profile("cachegraph", deadline=None)
+hypothesis.settings.load_profile("cachegraph")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite golden texts; review the diff"
+    )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+
+
+def _missing(*modules: str) -> str:
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def _reason_to_skip(marker: str, config: pytest.Config) -> str:
+    """Says why tests with this marker cannot run here, or nothing if they can."""
+    match marker:
+        case "gpu":
+            return "" if torch.cuda.is_available() else "no CUDA device"
+        case "onnx":
+            return _missing("onnx", "onnxscript", "onnxruntime")
+        case "tensorrt":
+            return _missing("tensorrt")
+        case "slow":
+            return "" if config.getoption("--slow") else "slow: runs with --slow"
+    return ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in list(item.iter_markers()):
+            if reason := _reason_to_skip(marker.name, config):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether to rewrite golden texts instead of comparing with them."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the repository that holds the recordings of published implementations."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED.name} beside the repository: its recordings are not here")
+    return SHARED
