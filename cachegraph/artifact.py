@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, fx
 
 from .backends import get_backend
-from .errors import ArtifactError
+from .errors import ArtifactError, InputError
 from .program import Program
 from .runner import Runner
 from .schedule import Schedule, load_schedule
@@ -130,9 +130,10 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
 
     Raises:
         ArtifactError: missing, half-written, damaged, edited, or newer than this cachegraph.
+        InputError: this machine does not have the device.
     """
     folder = Path(path)
-    place = torch.device(device)
+    place = _usable(device)
     manifest = _read_manifest(folder)
     for name, expected in manifest["files"].items():
         _check_file(folder / name, expected)
@@ -161,6 +162,18 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
         backend=manifest["backend"],
         device=place,
     )
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch has no one error for it
+        raise InputError(
+            "the device cannot be used",
+            expected="a device of this machine, such as cpu",
+            found=f"{device}: {str(error).splitlines()[0]}",
+        ) from error
+    return torch.device(device)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -238,5 +251,9 @@ def _swap(partial: Path, target: Path) -> None:
         return
     old = target.parent / f".{target.name}.{os.getpid()}.old"
     target.rename(old)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old)

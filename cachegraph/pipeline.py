@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from .passes import PIPELINE
 from .plan import Plan, Variant
 from .text import digest, graph_text
 from .trace import TracedModel
-from .verify import evaluate, verify
+from .verify import Given, evaluate, verify
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def rewrite(
         VerifyError: a pass broke a rule.
     """
     stored = weights if weights is not None else module_weights(traced)
-    return tuple(_rewrite_one(traced, v, passes, stored, on_pass) for v in plan.variants)
+    given = Given(traced.module.graph, stored)
+    return tuple(_rewrite_one(traced, v, passes, given, on_pass) for v in plan.variants)
 
 
 def module_weights(traced: TracedModel) -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ def _rewrite_one(
     traced: TracedModel,
     variant: Variant,
     passes: Sequence[Pass],
-    weights: Mapping[str, Tensor],
+    given: Given,
     on_pass: Callable[[StepGraph, PassReport], None] | None,
 ) -> StepGraph:
     step = StepGraph(
@@ -87,19 +89,22 @@ def _rewrite_one(
         model_inputs=len(traced.signature.inputs),
         model_outputs=len(traced.signature.outputs),
     )
-    verify(step, weights, "trace")
+    verify(step, given, "trace")
     for one in passes:
         started = time.perf_counter()
         nodes = len(step.graph.nodes)
         before = digest(graph_text(step))
         rewrites = one.apply(step)
         _finish(step, one.name)
-        if not rewrites and digest(graph_text(step)) != before:
+        verify(step, given, one.name)
+        # Weights that nothing uses are no part of the text.
+        changed = nodes != len(step.graph.nodes) or digest(graph_text(step)) != before
+        if changed != bool(rewrites):
             raise VerifyError(
-                "the pass says that it changed nothing, but the graph differs",
+                f"the pass says that it made {rewrites} rewrites, "
+                f"but the graph {'differs' if changed else 'is unchanged'}",
                 place=f"pass {one.name}, {variant.name}",
             )
-        verify(step, weights, one.name)
         if on_pass is not None:
             seconds = time.perf_counter() - started
             nodes_after = len(step.graph.nodes)
@@ -112,8 +117,9 @@ def _rewrite_one(
 
 
 def _finish(step: StepGraph, pass_name: str) -> None:
-    """Record the shape and origin of new nodes."""
+    """Record the shape and origin of new nodes; verifying says what has no shape, and why."""
     for node in step.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
-            node.meta["val"] = evaluate(node)
             node.meta.setdefault(ORIGIN, Origin(pass_name))
+            with suppress(Exception):
+                node.meta["val"] = evaluate(node)

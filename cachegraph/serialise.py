@@ -1,13 +1,16 @@
 """Lowered graphs as JSON, without weights and without code.
 
-Only calls of aten operators, ``operator.*`` and symbolic-number functions are written or read, so
-loading a graph never runs anything that the file brings along.
+Only calls of functional aten operators, ``operator.*`` and symbolic-number functions are written
+or read. fx turns names in a graph into Python source, so every name that is read must be a plain
+one: loading a graph never runs anything that the file brings along.
 """
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +31,9 @@ _MEMORY = {
     )
 }
 _LAYOUTS = {str(torch.strided): torch.strided}
+_OPERATOR = type(torch.ops.aten.add.Tensor)
+_FORBIDDEN = {torch.ops.aten.from_file.default}  # maps, and may create, a file of any name
+_WEIGHT_NAME = re.compile(r"(?!__)[\w -]+")  # keys of a ModuleDict need not be identifiers
 _MODULES = {
     "_operator": operator,
     "operator": operator,
@@ -66,18 +72,44 @@ def graph_from_json(nodes: list[dict[str, Any]], device: torch.device) -> fx.Gra
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
     for entry in nodes:
-        args = tuple(_value_from_json(v, made, device) for v in entry.get("args", ()))
-        kwargs = {k: _value_from_json(v, made, device) for k, v in entry.get("kwargs", {}).items()}
-        target = entry["target"]
-        if entry["op"] == "call_function":
-            target = _function(target)
-        if entry["op"] == "output":
-            graph.output(args[0])
-            continue
-        made[entry["name"]] = graph.create_node(
-            entry["op"], target, args, kwargs, name=entry["name"]
-        )
+        try:
+            _add_node(graph, entry, made, device)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError("a node of a graph is damaged", found=repr(error)) from error
     return graph
+
+
+def _add_node(
+    graph: fx.Graph, entry: Mapping[str, Any], made: dict[str, fx.Node], device: torch.device
+) -> None:
+    args = tuple(_value_from_json(v, made, device) for v in entry.get("args", ()))
+    kwargs = {
+        _plain_name(k): _value_from_json(v, made, device)
+        for k, v in entry.get("kwargs", {}).items()
+    }
+    target = entry["target"]
+    match entry["op"]:
+        case "output":
+            graph.output(args[0])
+            return
+        case "call_function":
+            target = _function(target)
+        case "placeholder":
+            _plain_name(target)
+        case "get_attr":
+            for part in target.split("."):
+                if not _WEIGHT_NAME.fullmatch(part):
+                    raise ArtifactError(f"a graph may not hold the name {target!r}")
+        case other:
+            raise ArtifactError(f"a graph may not hold a node of the kind {other!r}")
+    name = _plain_name(entry["name"])
+    made[name] = graph.create_node(entry["op"], target, args, kwargs, name=name)
+
+
+def _plain_name(name: str) -> str:
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ArtifactError(f"a graph may not hold the name {name!r}")
+    return name
 
 
 def weights_module(weights: Mapping[str, Tensor]) -> nn.Module:
@@ -127,7 +159,9 @@ def _function(name: str) -> Callable[..., Any]:
     if module == "aten":
         packet, _, overload = rest.partition(".")
         found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-        if found is not None:
+        if isinstance(found, _OPERATOR):
+            if found._schema.is_mutable or found in _FORBIDDEN:
+                raise ArtifactError(f"a graph may not call {name!r}")
             return found
         raise ArtifactError(
             f"this torch has no operator {name}",
@@ -184,4 +218,6 @@ def _value_from_json(value: Any, made: Mapping[str, fx.Node], device: torch.devi
             return _LAYOUTS[name]
         case list():
             return [_value_from_json(v, made, device) for v in value]
-    return value
+        case bool() | int() | float() | str() | None:
+            return value
+    raise ArtifactError(f"a graph may not hold the argument {value!r}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import sympy
 import torch
 from pydantic import PlainSerializer, PlainValidator
 
@@ -27,6 +28,30 @@ _SHORT = {
 }
 _LONG = {short: dtype for dtype, short in _SHORT.items()}
 _TEXT = re.compile(r"(\w+)\[(.*)\]")
+
+# What torch.export writes into the sizes of tensors. An artifact brings its expressions along, so
+# they are read as arithmetic and never as code.
+_OPERATORS: dict[type[ast.AST], Callable[..., int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "Max": max,
+    "Min": min,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "CeilDiv": lambda a, b: -(-a // b),
+    "BitwiseFn_bitwise_and": operator.and_,
+    "BitwiseFn_bitwise_or": operator.or_,
+    "BitwiseFn_bitwise_xor": operator.xor,
+}
 
 Dim = int | str  # a number, or an expression in shape symbols such as "s0" or "2*s0"
 
@@ -54,7 +79,7 @@ class TensorSpec:
         match = _TEXT.fullmatch(text)
         if match is None or match[1] not in _LONG:
             raise ValueError(f"not a tensor spec: {text!r}")
-        dims = (d.strip() for d in match[2].split(",") if d.strip())
+        dims = (d.strip() for d in _split(match[2]) if d.strip())
         return cls(tuple(int(d) if d.lstrip("-").isdigit() else d for d in dims), _LONG[match[1]])
 
     def __str__(self) -> str:
@@ -77,7 +102,7 @@ class TensorSpec:
         found: set[str] = set()
         for dim in self.shape:
             if isinstance(dim, str):
-                found |= set(re.findall(r"[A-Za-z_]\w*", dim))
+                found |= set(re.findall(r"[A-Za-z_]\w*\b(?!\()", dim))
         return found
 
 
@@ -93,11 +118,40 @@ def evaluate(expression: str, symbols: Mapping[str, int]) -> int:
 
     Raises:
         KeyError: a symbol without a value.
+        ValueError: not arithmetic on symbols and whole numbers.
     """
     if expression in symbols:
         return symbols[expression]
-    free = {str(s) for s in sympy.sympify(expression).free_symbols}
-    return int(sympy.sympify(expression).subs({name: symbols[name] for name in free}))
+    try:
+        return _value(ast.parse(expression, mode="eval").body, symbols)
+    except SyntaxError:
+        raise ValueError(f"not a size: {expression!r}") from None
+
+
+def _split(dims: str) -> Iterator[str]:
+    """The parts between commas that stand outside of parentheses."""
+    depth = start = 0
+    for i, character in enumerate(dims):
+        depth += (character == "(") - (character == ")")
+        if character == "," and not depth:
+            yield dims[start:i]
+            start = i + 1
+    yield dims[start:]
+
+
+def _value(node: ast.expr, symbols: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return symbols[name]
+        case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(operand, symbols))
+        case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left, symbols), _value(right, symbols))
+        case ast.Call(ast.Name(id=name), args, []) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*(_value(a, symbols) for a in args))
+    raise ValueError(f"not a size: {ast.unparse(node)!r}")
 
 
 def short_dtype(dtype: torch.dtype) -> str:

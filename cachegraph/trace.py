@@ -87,7 +87,8 @@ def trace(
             remedy="call model.eval() first",
         )
     arguments = call_arguments(model, args, kwargs or {})
-    with _unchanged(model), torch.no_grad():
+    with _unchanged(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export warns about its own internals
         program, reason = _export(model, arguments, dynamic_batch)
         program = program.run_decompositions({})
     _refuse_mutation(program)
@@ -176,9 +177,7 @@ def _export_once(model: nn.Module, arguments: dict[str, Any], batch: int | None)
         return {0: Dim.AUTO} if varies else None
 
     shapes = _pytree.tree_map(dims, arguments) if batch else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # export warns about its own internals
-        return torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
 
 
 def _with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:

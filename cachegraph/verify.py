@@ -6,8 +6,11 @@ pass, so a pass that breaks the graph is caught at once, by name.
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,27 +19,45 @@ from torch import Tensor, fx
 from . import ops
 from .action import Compute, Forecast, Reuse, makes_value, sources
 from .errors import VerifyError
-from .graph import CONSTANT, SLOT, Stage, StepGraph, copy_module
-from .spec import TensorSpec, spec_text
+from .graph import CONSTANT, SLOT, VALUE, Stage, StepGraph, copy_module
+from .spec import spec_text
 from .text import graph_text
 
 Broken = tuple[str, str, str]  # what, site, node
 _INLINE_CONSTANT_BYTES = 64 * 1024
+_IN_PLACE = {
+    operator.setitem,
+    operator.delitem,
+    *(function for name, function in vars(operator).items() if name.startswith("__i")),
+}
 
 
-def verify(step: StepGraph, weights: Mapping[str, Tensor], pass_name: str) -> None:
+@dataclass(frozen=True)
+class Given:
+    """What a variant's graph was made from.
+
+    Attributes:
+        traced: the model's graph, before any pass.
+        weights: name -> tensor of everything that a graph may use by name.
+    """
+
+    traced: fx.Graph
+    weights: Mapping[str, Tensor]
+
+
+def verify(step: StepGraph, given: Given, pass_name: str) -> None:
     """Check every rule.
 
     Args:
         step: the graph after the pass.
-        weights: name -> tensor of everything a graph may use by name.
+        given: what it was made from.
         pass_name: the pass that has just run, for the error.
 
     Raises:
         VerifyError: names rule, pass, variant, site and node.
     """
-    for rule in (*RULES, _weights_rule(weights)):
-        for what, site, node in rule(step):
+    for rule in RULES:
+        for what, site, node in rule(step, given):
             name = rule.__name__.removeprefix("_").replace("_", " ")
             raise VerifyError(
                 f"{name}: {what}",
@@ -45,29 +66,36 @@ def verify(step: StepGraph, weights: Mapping[str, Tensor], pass_name: str) -> No
             )
 
 
-def _well_formed(step: StepGraph) -> Iterator[Broken]:
+def _well_formed(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Fx's own lint; one output, last; every node but a model input leads to the output."""
     try:
         step.graph.lint()
     except (RuntimeError, AssertionError) as error:
-        yield str(error).splitlines()[0], "", "-"
+        what = str(error).splitlines()[0]
+        named = re.search(r"[Nn]ode '?(\w+)", what)
+        yield what, "", named[1] if named else "-"
         return
     if [n.op for n in step.graph.nodes].count("output") != 1 or step.output.op != "output":
         yield "there must be one output, at the end", "", step.output.name
         return
     if step.stage is Stage.LOWERED:
         for node in step.graph.nodes:
-            dead = not node.users and node.op not in ("output", "placeholder")
-            if dead:
+            ours = SLOT in node.meta or CONSTANT in node.meta
+            if not node.users and node.op != "output" and (node.op != "placeholder" or ours):
                 yield "nothing uses the node", "", node.name
 
 
-def _inputs_in_order(step: StepGraph) -> Iterator[Broken]:
+def _inputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
     """The model's inputs, then the slots that the row reads in table order, then constants."""
     nodes = step.inputs
     kinds = [2 if CONSTANT in n.meta else 1 if SLOT in n.meta else 0 for n in nodes]
     if kinds != sorted(kinds) or kinds.count(0) != step.model_inputs:
-        yield "inputs are out of order: model, slots, step constants", "", nodes[-1].name
+        last = nodes[-1].name if nodes else "-"
+        yield "inputs are out of order: model, slots, step constants", "", last
+        return
+    for node, traced in zip(nodes, given.traced.find_nodes(op="placeholder"), strict=False):
+        if node.target != traced.target or _spec(node) != _spec(traced):
+            yield f"expected the model's input {traced.target}: {_spec(traced)}", "", node.name
     expected = [
         (site.name, value, age)
         for site, action in zip(step.sites, step.variant.row, strict=True)
@@ -76,33 +104,43 @@ def _inputs_in_order(step: StepGraph) -> Iterator[Broken]:
     ]
     position = -1
     for node in nodes:
-        if SLOT not in node.meta or step.stage is Stage.TRACED:
+        if SLOT not in node.meta:
             continue
         slot = node.meta[SLOT]
         key = (slot.site, slot.value, slot.age)
         if key not in expected:
             yield "the row does not read this slot", slot.site, node.name
-        elif (position := position) >= expected.index(key):
+        elif position >= expected.index(key):
             yield "slots are out of order or read twice", slot.site, node.name
+        elif _spec(node) != str(slot.spec):
+            yield f"the input is {_spec(node)}, the slot {slot.spec}", slot.site, node.name
         else:
             position = expected.index(key)
 
 
-def _outputs_in_order(step: StepGraph) -> Iterator[Broken]:
+def _spec(node: fx.Node) -> str:
+    return spec_text(node.meta["val"]) if "val" in node.meta else "unknown"
+
+
+def _outputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
     """The model's outputs, then one write for each value that the variant hands out."""
     expected = [] if step.stage is Stage.TRACED else _expected_writes(step)
     count = len(step.outputs) - step.model_outputs
     if count != len(expected):
         yield f"{count} writes instead of {len(expected)}", "", step.output.name
         return
+    returned: Any = given.traced.output_node().args[0]
+    for traced, node in zip(returned, step.outputs, strict=False):
+        if _spec(node) != _spec(traced):
+            yield f"the model returns {_spec(traced)} here, not {_spec(node)}", "", node.name
     for (site, value), node in zip(expected, step.outputs[step.model_outputs :], strict=True):
         spec = next(s for s in step.sites if s.name == site).values[value].spec
         if step.stage is Stage.CACHED and node.target is not ops.write:
             yield "a write is not a cache.write", site, node.name
         elif step.stage is Stage.CACHED and node.meta[SLOT].name != f"{site}#{value}":
             yield f"expected the write of {site}#{value}", site, node.name
-        elif "val" in node.meta and TensorSpec.of(node.meta["val"]) != spec:
-            yield f"the write is {spec_text(node.meta['val'])}, the slot {spec}", site, node.name
+        elif _spec(node) != str(spec):
+            yield f"the write is {_spec(node)}, the slot {spec}", site, node.name
 
 
 def _expected_writes(step: StepGraph) -> list[tuple[str, int]]:
@@ -116,32 +154,33 @@ def _expected_writes(step: StepGraph) -> list[tuple[str, int]]:
     ]
 
 
-def _no_input_is_output(step: StepGraph) -> Iterator[Broken]:
+def _no_input_is_output(step: StepGraph, given: Given) -> Iterator[Broken]:
     """TensorRT refuses a graph that returns an input."""
     for node in step.outputs:
         if node.op == "placeholder":
             yield "an input is returned as an output", "", node.name
 
 
-def _shapes_recompute(step: StepGraph) -> Iterator[Broken]:
+def _shapes_recompute(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Every node has a recorded value, and its operation on its inputs' values gives the same."""
     for node in step.graph.nodes:
-        if node.op == "output":
-            continue
-        if "val" not in node.meta:
-            yield "no recorded shape", "", node.name
-        elif node.op == "call_function" and (problem := _recompute(node)):
+        if node.op != "output" and (problem := _recompute(node)):
             yield problem, "", node.name
 
 
 def _recompute(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return ""  # its body was checked where it was traced
-    again = evaluate(node)
-    same = spec_text(again) == spec_text(node.meta["val"]) and _device(again) == _device(
-        node.meta["val"]
-    )
-    return "" if same else f"{spec_text(node.meta['val'])} recomputes to {spec_text(again)}"
+    if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        # The body of a higher-order operator was checked where it was traced.
+        return "" if "val" in node.meta else "no recorded shape"
+    try:
+        again = evaluate(node)
+    except Exception as error:  # noqa: BLE001 - an operator may refuse its arguments in any way
+        return f"it cannot be computed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+    if "val" not in node.meta:
+        return "no recorded shape"
+    recorded = node.meta["val"]
+    same = spec_text(again) == spec_text(recorded) and _device(again) == _device(recorded)
+    return "" if same else f"{spec_text(recorded)} recomputes to {spec_text(again)}"
 
 
 def evaluate(node: fx.Node) -> Any:
@@ -159,48 +198,103 @@ def _device(value: Any) -> Any:
     return value.device if isinstance(value, Tensor) else None
 
 
-def _functional(step: StepGraph) -> Iterator[Broken]:
-    """Calls of functions only, none of which writes into its inputs."""
+def _functional(step: StepGraph, given: Given) -> Iterator[Broken]:
+    """Calls of operators and of arithmetic on sizes, none of which writes into its inputs."""
     for node in step.graph.nodes:
         if node.op in ("call_module", "call_method"):
             yield f"{node.op} {node.target} is not a function", "", node.name
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
-            yield f"{node.target} changes its inputs", "", node.name
+        elif node.op == "call_function" and (problem := _not_functional(node.target)):
+            yield problem, "", node.name
 
 
-def _cache_ops_in_stage(step: StepGraph) -> Iterator[Broken]:
+def _not_functional(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return f"{target} changes its inputs" if schema.is_mutable else ""
+    if target in _IN_PLACE:
+        return f"{target} changes its inputs"
+    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
+    on_sizes = module in ("_operator", "math") or (module == "torch" and name.startswith("sym_"))
+    known = target in ops.CACHE_OPS or isinstance(target, torch._ops.HigherOrderOperator)
+    return "" if on_sizes or known else f"{target} is no operator"
+
+
+def _cache_ops_in_stage(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Cache operations exist only between insertion and lowering, and name their slots."""
     for node in step.graph.nodes:
         if node.target not in ops.CACHE_OPS:
             continue
         if step.stage is not Stage.CACHED:
             yield f"cache operation in a graph that is {step.stage.name.lower()}", "", node.name
-        elif node.target is ops.read and SLOT not in node.args[0].meta:
+        elif node.target is ops.read and not _is_input(node.args[0], SLOT):
             yield "cache.read of something that is no slot", "", node.name
+        elif node.target is ops.write and node.kwargs.get("slot") != node.meta[SLOT].name:
+            slot = node.meta[SLOT]
+            yield f"the write of {slot.name} says {node.kwargs.get('slot')}", slot.site, node.name
+        elif node.target is ops.forecast:
+            values, coefficients = node.args
+            if not _is_input(coefficients, CONSTANT):
+                yield "the coefficients are no step constant", "", node.name
+            elif coefficients.meta["val"].shape[0] != len(values):
+                yield f"{coefficients} is not one number a value", "", node.name
 
 
-def _row_and_graph_agree(step: StepGraph) -> Iterator[Broken]:
-    """A reused site's work is gone, a computed site's work is there."""
+def _is_input(value: Any, key: str) -> bool:
+    return isinstance(value, fx.Node) and value.op == "placeholder" and key in value.meta
+
+
+def _row_and_graph_agree(step: StepGraph, given: Given) -> Iterator[Broken]:
+    """A reused site's work is gone and its slots are read; a computed site's work is there.
+
+    What only reused sites would have used is needed no more: neither its work nor its slot.
+    """
     if step.stage is not Stage.LOWERED:
         return
+    computed, reused = _needed(step, given.traced)
     alive = {node.name for node in step.graph.nodes}
-    slots = {slot.site for slot in step.read_slots()}
+    slots = {(slot.site, slot.value, slot.age) for slot in step.read_slots()}
     for site, action in zip(step.sites, step.variant.row, strict=True):
         match action:
             case Compute():
-                missing = [v.node for v in site.values if v.node not in alive]
+                missing = [v.node for v in site.values if v.node in computed - alive]
                 if missing:
                     yield "the row computes the site, the graph does not", site.name, missing[0]
             case Reuse() | Forecast():
-                left = [a for a in site.anchors if a in alive]
+                left = [a for a in site.anchors if a in alive - computed]
                 if left:
                     yield "the row reuses the site, its work is left", site.name, left[0]
-                if site.name not in slots:
-                    yield "the row reuses the site, the graph reads no slot", site.name, "-"
+                for value in range(len(site.values)):
+                    wanted = (site.name, value) in reused
+                    for age in range(len(sources(action))):
+                        if wanted and (site.name, value, age) not in slots:
+                            what = f"the row reuses the site, the graph reads no slot {value}@{age}"
+                            yield what, site.name, "-"
 
 
-def _no_large_inline_constants(step: StepGraph) -> Iterator[Broken]:
+def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str, int]]]:
+    """What the outputs depend on where the row's reused values are given.
+
+    Returns:
+        Names of traced nodes that have to be computed, and (site, value index) of reused values.
+    """
+    row = dict(zip((site.name for site in step.sites), step.variant.row, strict=True))
+    values = {n.meta[VALUE]: n for n in traced.nodes if VALUE in n.meta}
+    outputs = traced.output_node().all_input_nodes
+    todo = [*outputs, *(values[key] for key in _expected_writes(step))]
+    computed: set[str] = set()
+    reused: set[tuple[str, int]] = set()
+    while todo:
+        node = todo.pop()
+        key = node.meta.get(VALUE)
+        if key is not None and not isinstance(row[key[0]], Compute):
+            reused.add(key)
+        elif node.name not in computed:
+            computed.add(node.name)
+            todo += node.all_input_nodes
+    return computed, reused
+
+
+def _no_large_inline_constants(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Tensors stand in the weight store, not in arguments."""
     for node in step.graph.nodes:
         for leaf in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
@@ -208,7 +302,7 @@ def _no_large_inline_constants(step: StepGraph) -> Iterator[Broken]:
                 yield f"an inline constant of {leaf.nbytes} bytes", "", node.name
 
 
-def _text_is_reproducible(step: StepGraph) -> Iterator[Broken]:
+def _text_is_reproducible(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Printing a copy gives the same text, so digests can be trusted."""
     copy = StepGraph(
         copy_module(step.module),
@@ -222,24 +316,24 @@ def _text_is_reproducible(step: StepGraph) -> Iterator[Broken]:
         yield "the text of a copy differs", "", "-"
 
 
-def _weights_rule(weights: Mapping[str, Tensor]) -> Callable[[StepGraph], Iterator[Broken]]:
-    def weights_are_stored(step: StepGraph) -> Iterator[Broken]:
-        """Every weight is in the store under its name with the same spec."""
-        for node in step.graph.find_nodes(op="get_attr"):
-            stored = weights.get(node.target)
-            if stored is None:
-                yield f"weight {node.target!r} is not in the store", "", node.name
-            elif "val" in node.meta and TensorSpec.of(node.meta["val"]) != TensorSpec.of(stored):
-                yield (
-                    f"weight {node.target!r} is {TensorSpec.of(stored)} in the store",
-                    "",
-                    node.name,
-                )
+def _weights_are_stored(step: StepGraph, given: Given) -> Iterator[Broken]:
+    """Every weight is in the store under its name, and is that tensor, not a copy."""
+    for node in step.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        holder, _, leaf = name.rpartition(".")
+        tensor = getattr(step.module.get_submodule(holder), leaf)
+        if not isinstance(tensor, Tensor):
+            continue  # the body of a higher-order operator
+        stored = given.weights.get(name)
+        if stored is None:
+            yield f"weight {name!r} is not in the store", "", node.name
+        elif _spec(node) != spec_text(stored):
+            yield f"weight {name!r} is {spec_text(stored)} in the store", "", node.name
+        elif tensor is not stored and (tensor.data_ptr() != stored.data_ptr() or tensor.is_meta):
+            yield f"weight {name!r} is another tensor than the store's", "", node.name
 
-    return weights_are_stored
 
-
-RULES: tuple[Callable[[StepGraph], Iterator[Broken]], ...] = (
+RULES: tuple[Callable[[StepGraph, Given], Iterator[Broken]], ...] = (
     _well_formed,
     _inputs_in_order,
     _outputs_in_order,
@@ -250,4 +344,5 @@ RULES: tuple[Callable[[StepGraph], Iterator[Broken]], ...] = (
     _row_and_graph_agree,
     _no_large_inline_constants,
     _text_is_reproducible,
+    _weights_are_stored,
 )

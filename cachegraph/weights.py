@@ -39,15 +39,28 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         weights: without aliases; a view into another tensor's storage is copied first, as the
             format wants every tensor to own its bytes.
         path: the file to write.
+
+    Raises:
+        ArtifactError: a weight on the meta device has nothing to write.
     """
     owners: set[int] = set()
     tensors = {}
     for name, tensor in weights.items():
+        if tensor.is_meta:
+            raise ArtifactError(
+                "the weights hold no numbers",
+                place=name,
+                expected="a model whose weights are loaded",
+                found="a tensor on the meta device",
+            )
         storage = tensor.untyped_storage().data_ptr()
         shared = storage in owners or tensor.untyped_storage().nbytes() != tensor.nbytes
         tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
         owners.add(storage)
+    path.touch()
+    readable = path.stat().st_mode  # safetensors makes a file that only its owner can read
     save_file(tensors, path)
+    path.chmod(readable)
 
 
 def load_weights(path: Path, device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,158 @@
+"""Sample the shipped digits model through compiled, cached step graphs.
+
+Compiles ``digits`` under several schedules, samples the same noise with each, writes a picture
+with one row a schedule, and prints what was gained and what it cost. Times are medians over rounds
+in which all contestants take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from digits_classifier import accuracy
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from torch import Tensor
+
+import cachegraph as cg
+from cachegraph.zoo import load_digits_model, sample_digits
+
+SCHEDULES = ("fora-n2", "fora-n3", "fora-n5")
+CLASSES = list(range(10))
+
+
+@dataclass
+class Contestant:
+    """One way of sampling, and what was measured of it."""
+
+    name: str
+    model: Callable[..., Tensor]
+    full_steps: int
+    gflops: float  # one image with guidance, all steps
+    seconds: list[float] = field(default_factory=list)  # a batch of ten images
+    images: list[Tensor] = field(default_factory=list)
+
+
+def contestants(steps: int, progress: Progress) -> list[Contestant]:
+    """The eager model, the compiled uncached one, and one a schedule; each compiled and warm."""
+    model = load_digits_model()
+    full = {"cachegraph": 1, "steps": steps, "policy": {"method": "full"}}
+    sources: list[tuple[str, str | dict[str, object]]] = [("compiled, uncached", full)]
+    sources += [(name, name) for name in SCHEDULES]
+    task = progress.add_task("compiling", total=len(sources))
+    found = []
+    for name, schedule in sources:
+        progress.update(task, description=f"compiling {name}")
+        artifact = cg.compile(model, schedule, *model.example_inputs(2 * len(CLASSES)))
+        run = cg.load(artifact)
+        sample_digits(run, CLASSES, steps=steps)  # compiles at the first call of each variant
+        cost = artifact.program.cost
+        images = cost.symbols.get(artifact.program.batch or "", 2 * len(CLASSES)) / 2
+        gflops = cost.total_flops / images / 1e9
+        found.append(Contestant(name, run, artifact.program.plan.full_steps(), gflops))
+        progress.advance(task)
+    uncached = found[0]
+    return [Contestant("eager, uncached", model, steps, uncached.gflops), *found]
+
+
+def measure(entries: list[Contestant], steps: int, rounds: int, progress: Progress) -> None:
+    """Sample ten classes per round with every contestant in turn, from the same noise."""
+    task = progress.add_task("sampling", total=rounds * len(entries))
+    for seed in range(rounds):
+        for entry in entries:
+            progress.update(task, description=f"sampling {entry.name}")
+            started = time.perf_counter()
+            images = sample_digits(entry.model, CLASSES, steps=steps, seed=seed)
+            entry.seconds.append(time.perf_counter() - started)
+            entry.images.append(images)
+            progress.advance(task)
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Mean over images of 10 log10(peak^2 / MSE) in dB; the peak of [-1, 1] is 2."""
+    error = (images - reference).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
+    return (10 * torch.log10(4 / error)).mean().item()
+
+
+def result_table(entries: list[Contestant], rounds: int) -> Table:
+    """What was gained and what it cost."""
+    eager, compiled = entries[0], entries[1]
+    labels = torch.tensor(CLASSES * rounds)
+    table = Table(title=f"digits: {len(labels)} images a row, {len(CLASSES)} at a time")
+    table.add_column("schedule", no_wrap=True)
+    for column in ("full\nsteps", "GFLOP\n/image", "s\n/image", "times\ncompiled"):
+        table.add_column(column, justify="right")
+    for column in ("times\neager", "class\naccuracy", "PSNR\ndB"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        seconds = statistics.median(entry.seconds)
+        closeness = psnr(torch.cat(entry.images), torch.cat(compiled.images))
+        table.add_row(
+            entry.name,
+            str(entry.full_steps),
+            f"{entry.gflops:.2f}",
+            f"{seconds / len(CLASSES):.3f}",
+            f"{statistics.median(compiled.seconds) / seconds:.2f}x",
+            f"{statistics.median(eager.seconds) / seconds:.2f}x",
+            f"{accuracy(torch.cat(entry.images), labels):.1%}",
+            "-" if entry is compiled else f"{closeness:.1f}",
+        )
+    return table
+
+
+def picture(entries: list[Contestant], zoom: int = 4) -> Image.Image:
+    """One row a contestant, ten classes, the same noise in every row."""
+    cell, margin, gap = 16 * zoom, 150, 4
+    canvas = Image.new(
+        "L", (margin + len(CLASSES) * (cell + gap), len(entries) * (cell + gap)), color=24
+    )
+    draw = ImageDraw.Draw(canvas)
+    for row, entry in enumerate(entries):
+        top = row * (cell + gap)
+        text = f"{entry.name}\n{entry.full_steps} full steps"
+        draw.multiline_text((6, top + cell // 3), text, fill=230)
+        for column, image in enumerate(entry.images[0]):
+            pixels = ((image[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+            digit = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(digit, (margin + column * (cell + gap), top))
+    return canvas
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="of ten images each, to time")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture to write")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    console = Console()
+    steps = 50
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        entries = contestants(steps, progress)
+        measure(entries, steps, arguments.rounds, progress)
+    picture(entries[1:]).save(arguments.out)
+    console.print(result_table(entries, arguments.rounds))
+    limits = ", ".join(f"{e.name} {entries[1].gflops / e.gflops:.2f}x" for e in entries[2:])
+    console.print(f"limit by FLOPs: {limits}")
+    console.print(
+        f"medians of {arguments.rounds} alternating rounds, DDIM {steps} steps, guidance, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    console.print(f"picture: {arguments.out} (one row a schedule, the same noise)")
+
+
+if __name__ == "__main__":
+    main()
