@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from .errors import ScheduleError, nearest
-from .schedule_policies import Policy, Section
+from .schedule_policies import FullPolicy, GOCCorrection, Policy, Section, TaylorSeerPolicy
 from .schedule_problems import Problem, describe, one_of, refuse, to_schedule_error
 from .yaml_lines import Source, read_yaml, write_yaml
 
@@ -66,6 +66,7 @@ class Schedule(Section):
         cachegraph: version of the format.
         steps: model calls per trajectory and branch.
         policy: what is computed when.
+        correction: what is done to reused values, or None.
         sites: which sites the policy rules.
         timesteps: the sampler's, one a step in the order of the calls, or None.
         order: whether timesteps fall or rise along a trajectory.
@@ -91,14 +92,30 @@ class Schedule(Section):
         default="descending", description="one of ascending, descending"
     )
     max_variants: int | None = Field(default=None, ge=1, description="a whole number, at least 1")
+    correction: GOCCorrection | None = Field(default=None, description="a mapping with a method")
     _source: Source = PrivateAttr(default_factory=Source)
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:
         policy = (_under("policy", one) for one in self.policy.problems(self.steps))
         sites = (_under("sites", one) for one in self.sites.problems())
-        refuse("Schedule", [*policy, *sites, *self._timestep_problems()])
+        refuse(
+            "Schedule",
+            [*policy, *self._correction_problems(), *sites, *self._timestep_problems()],
+        )
         return self
+
+    def _correction_problems(self) -> Iterator[Problem]:
+        if self.correction is None:
+            return
+        yield from (_under("correction", p) for p in self.correction.problems(self.steps))
+        if isinstance(self.policy, FullPolicy | TaylorSeerPolicy):
+            yield Problem(
+                ("correction",),
+                f"a correction of the {self.policy.method} policy",
+                "a policy that reuses: fora, router, smoothcache, table",
+                self.policy.method,
+            )
 
     def _timestep_problems(self) -> Iterator[Problem]:
         times = self.timesteps
@@ -132,6 +149,28 @@ class Schedule(Section):
                 the file (a default) stands where the nearest key around it does.
         """
         return self._source.where(path)
+
+    def file(self, name: str, *path: str | int) -> Path:
+        """A file that the schedule names: beside the schedule, else in the current folder.
+
+        Args:
+            name: as written.
+            path: the keys that lead to it, for the error.
+
+        Raises:
+            ScheduleError: no such file.
+        """
+        beside = Path(self._source.file).parent if self._source.file else Path()
+        places = [Path(name)] if Path(name).is_absolute() else [beside / name, Path(name)]
+        for place in places:
+            if place.is_file():
+                return place
+        raise ScheduleError(
+            f"no file {name!r}",
+            place=self.where(*path),
+            expected=" or ".join(dict.fromkeys(map(str, places))),
+            remedy="put the published file there, or give its path",
+        )
 
     def digest(self) -> str:
         """SHA-256 of what the schedule says; equal for equal schedules, wherever they stand."""

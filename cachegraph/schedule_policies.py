@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from .errors import nearest
 from .schedule_problems import Problem, describe, refuse
@@ -147,4 +147,96 @@ class TablePolicy(PolicySection):
                 yield Problem(("rows", at), what, expected, f"{len(row)}")
 
 
-Policy = Annotated[FullPolicy | FoRAPolicy | TablePolicy, Field(discriminator="method")]
+class RouterPolicy(PolicySection):
+    """A learned mask of attn and mlp per block and step (Learning-to-Cache, HarmoniCa).
+
+    With ``semantics: l2c`` every second step, the first among them, is computed as a whole; with
+    ``harmonica`` the mask rules every step.
+    """
+
+    method: Literal["router"]
+    file: str = Field(min_length=1, description="the path of a router checkpoint or mask file")
+    threshold: FiniteFloat = Field(
+        default=0.1, ge=0, le=1, description="a number from 0 to 1: what scores above it is run"
+    )
+    semantics: Literal["l2c", "harmonica"] = Field(
+        default="l2c", description="one of harmonica, l2c"
+    )
+
+    def problems(self, steps: int) -> Iterator[Problem]:
+        """An odd number of steps: l2c masks every second one and ends with a masked one."""
+        if self.semantics == "l2c" and steps % 2:
+            what = "'semantics: l2c' with an odd number of steps"
+            remedy = "l2c masks every second step; did you mean 'semantics: harmonica'?"
+            yield Problem(("semantics",), what, "an even number of steps", f"{steps}", remedy)
+
+
+class SmoothCachePolicy(PolicySection):
+    """Steps to compute as published SmoothCache files list them, per component or block."""
+
+    method: Literal["smoothcache"]
+    file: str = Field(min_length=1, description="the path of a SmoothCache JSON file")
+
+
+class TaylorSeerPolicy(PolicySection):
+    """Forecast skipped steps from finite differences of computed ones (Shenyi-Z/TaylorSeer).
+
+    The first ``warmup`` steps are computed, then every ``interval``-th.
+    """
+
+    method: Literal["taylorseer"]
+    interval: int = Field(ge=1, description="a whole number, at least 1")
+    order: int = Field(
+        default=4, ge=0, le=8, description="a whole number from 0 to 8: highest derivative"
+    )
+    warmup: int = Field(
+        default=2, ge=1, description="a whole number, at least 1: steps computed at first"
+    )
+
+    def problems(self, steps: int) -> Iterator[Problem]:
+        """A warmup that is longer than the trajectory, or a history that never fills."""
+        if self.warmup > steps:
+            what = "'warmup' is longer than the trajectory"
+            yield Problem(("warmup",), what, f"at most {steps} steps", f"{self.warmup}")
+            return
+        computed = self.warmup + (steps - self.warmup) // self.interval
+        if self.order + 1 > computed:
+            what = "the history is deeper than the trajectory"
+            expected = f"an order of at most {computed - 1}: {computed} steps are computed"
+            yield Problem(("order",), what, expected, f"{self.order}")
+
+
+class GOCCorrection(Section):
+    """Correct reused values along the last change (gradient-optimized cache, qiujx0520/GOC).
+
+    At a step in ``steps`` a reused value becomes ``prev1 + weight * (prev1 - prev2)``, where prev1
+    and prev2 are what the last two steps used.
+    """
+
+    method: Literal["goc"]
+    weight: FiniteFloat = Field(description="a number: how far to go along the last change")
+    steps: tuple[int, ...] = Field(min_length=1, description="a list of steps")
+    both_modules: bool = Field(
+        default=False,
+        description="true or false: correct a block only where attn and mlp are both reused",
+    )
+
+    def problems(self, steps: int) -> Iterator[Problem]:
+        """Steps that cannot be corrected."""
+        for at, step in enumerate(self.steps):
+            name = f"'steps[{at}]'"
+            if not 0 <= step < steps:
+                expected = f"a step from 2 to {steps - 1}"
+                yield Problem(("steps", at), f"{name} is out of range", expected, f"{step}")
+            elif step < 2:
+                what = f"step {step} cannot be corrected: it has no two steps before it"
+                yield Problem(("steps", at), what, "step 2 or later", f"{step}")
+            elif at and step <= self.steps[at - 1]:
+                what = f"{name} is out of order"
+                yield Problem(("steps", at), what, f"a step after {self.steps[at - 1]}", f"{step}")
+
+
+Policy = Annotated[
+    FullPolicy | FoRAPolicy | TablePolicy | RouterPolicy | SmoothCachePolicy | TaylorSeerPolicy,
+    Field(discriminator="method"),
+]

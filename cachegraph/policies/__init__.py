@@ -10,10 +10,17 @@ from typing import assert_never
 
 from cachegraph.action import Compute, Reuse, Row
 from cachegraph.schedule import Schedule
-from cachegraph.schedule_policies import FoRAPolicy, FullPolicy, TablePolicy
+from cachegraph.schedule_policies import (
+    FoRAPolicy,
+    FullPolicy,
+    RouterPolicy,
+    SmoothCachePolicy,
+    TablePolicy,
+    TaylorSeerPolicy,
+)
 from cachegraph.site import Site, select_sites
 
-from . import fora, table
+from . import correction, fora, router, smoothcache, table, taylorseer
 
 Decisions = Sequence[Sequence[bool]]  # [step][site]: True where the site is computed
 
@@ -36,24 +43,32 @@ def make_rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
         exclude=schedule.sites.exclude,
         place=schedule.where("sites"),
     )
-    return resolve(
-        [
-            [computed or site.name not in chosen for computed, site in zip(row, sites, strict=True)]
-            for row in _decisions(schedule, sites)
-        ]
+    rows = tuple(
+        tuple(a if site.name in chosen else Compute() for a, site in zip(row, sites, strict=True))
+        for row in _rows(schedule, sites)
     )
+    if schedule.correction is not None:
+        rows = correction.correct(schedule, schedule.correction, rows, sites)
+    return rows
 
 
-def _decisions(schedule: Schedule, sites: Sequence[Site]) -> Decisions:
+def _rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
     policy = schedule.policy
     match policy:
         case FullPolicy():
-            return [[True] * len(sites)] * schedule.steps
+            return resolve([[True] * len(sites)] * schedule.steps)
         case FoRAPolicy():
             full = fora.full_steps(policy, schedule.steps)
-            return [[step in full] * len(sites) for step in range(schedule.steps)]
+            return resolve([[step in full] * len(sites) for step in range(schedule.steps)])
         case TablePolicy():
-            return table.decisions(schedule, policy, sites)
+            return resolve(table.decisions(schedule, policy, sites))
+        case RouterPolicy():
+            return resolve(router.decisions(schedule, policy, sites))
+        case SmoothCachePolicy():
+            return resolve(smoothcache.decisions(schedule, policy, sites))
+        case TaylorSeerPolicy():
+            actions = taylorseer.actions(policy, schedule.steps)
+            return tuple((action,) * len(sites) for action in actions)
         case _:
             assert_never(policy)
 
