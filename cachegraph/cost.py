@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .graph import StepGraph
 from .plan import Plan
@@ -77,7 +77,8 @@ def count_flops(module: fx.GraphModule, symbols: Mapping[str, int]) -> int:
     """FLOPs of one call, from shapes alone: nothing is computed and no weight is touched."""
     mode = module.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode
     env: dict[fx.Node, Any] = {}
-    with mode, FlopCounterMode(display=False) as counter, torch.no_grad(), _quiet():
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with mode, counter, torch.no_grad(), _quiet():
         for node in module.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 env[node] = _empty(node, symbols)
@@ -85,6 +86,16 @@ def count_flops(module: fx.GraphModule, symbols: Mapping[str, int]) -> int:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **kwargs)
     return int(counter.get_total_flops())
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch counts the attention kernels of GPUs only, so a trace on the CPU would seem cheaper.
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def _empty(node: fx.Node, symbols: Mapping[str, int]) -> Any:

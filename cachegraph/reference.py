@@ -143,6 +143,12 @@ class ReferenceRunner:
                 learn = _learner(self._templates, site.name, seen)
                 stack.callback(container.register_forward_hook(learn).remove)
             yield
+        for value, output in zip(site.values, seen, strict=True):
+            if output is None:
+                raise SiteError(
+                    f"module {value.module} did not return a value of site {site.name}",
+                    expected=f"call {site.call + 1} of the module",
+                )
         if kept is None:
             made[site.name] = [v for v in seen if v is not None]
 
@@ -166,16 +172,15 @@ def _hook(
 def _learner(
     templates: dict[str, Any], name: str, seen: list[Tensor | None]
 ) -> Callable[..., None]:
-    """Find the site's values in what its module returns, by identity."""
+    """Find the site's values in what its module returns, by identity.
+
+    A module that is called once more returns something else then, so it is not replaced as a whole.
+    """
 
     def learn(_module: nn.Module, _args: Any, output: Any) -> None:
+        templates.pop(name, None)
         leaves, spec = _pytree.tree_flatten(output)
-        places = []
-        for leaf in leaves:
-            place = next((i for i, v in enumerate(seen) if v is leaf and v is not None), None)
-            if place is None:
-                return  # the module returns something else: it has to run
-            places.append(place)
+        places = [next((i for i, v in enumerate(seen) if v is leaf), -1) for leaf in leaves]
         if sorted(places) == list(range(len(seen))):
             templates[name] = (places, spec)
 

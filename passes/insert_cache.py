@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from cachegraph import ops
-from cachegraph.action import Compute, Forecast, Reuse, makes_value, sources
+from cachegraph.action import Compute, Forecast, Reuse, sources
 from cachegraph.graph import CONSTANT, ORIGIN, SLOT, Origin, Stage, StepGraph
 from cachegraph.slot import Slot, StepConstant
 
@@ -61,7 +61,7 @@ class InsertCache:
                     kept = _replacement(step, action, slots, constants, site.name, index)
                 value.replace_all_uses_with(kept, propagate_meta=False)
                 rewrites += 1
-            if written[site.name] and makes_value(action):
+            if written[site.name]:
                 _add_write(step, kept, Slot(site.name, index, 0, site.values[index].spec))
                 rewrites += 1
         step.stage = Stage.CACHED
