@@ -45,7 +45,7 @@ class _Commands(TyperGroup):
             raise
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(130) from None
         except Exception as error:  # noqa: BLE001 - nobody above can report it
             if ctx.params.get("debug"):
                 traceback.print_exc()
