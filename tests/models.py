@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,11 +17,12 @@ from torch.utils import _pytree
 
 import cachegraph as cg
 from cachegraph import compiler
-from cachegraph.trace import TracedModel
+from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
 
 DATA = Path(__file__).parent / "data"
 Inputs = dict[str, Any]
+Call = tuple[Tensor, Tensor, Tensor]  # x, t, y of a DiT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +100,7 @@ def tiny_dit(seed: int = 0, **sizes: Any) -> DiT:
     return model
 
 
-def dit_steps(steps: int, *, batch: int = 2, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+def dit_steps(steps: int, *, batch: int = 2, seed: int = 0) -> list[Call]:
     """Arguments (x, t, y) of every call of a trajectory: fresh noise, falling timesteps."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 10, (batch,), generator=generator)
@@ -111,6 +112,34 @@ def dit_steps(steps: int, *, batch: int = 2, seed: int = 0) -> list[tuple[Tensor
         )
         for step in range(steps)
     ]
+
+
+class Compiled:
+    """A tiny DiT, its trace, and what was compiled of it by schedule."""
+
+    def __init__(self, steps: int, seed: int = 0) -> None:
+        self.steps = steps
+        self.model = tiny_dit(seed)
+        self.traced = trace(self.model, dit_steps(1)[0])
+        self.artifacts: dict[str, cg.Artifact] = {}
+
+    def artifact(self, steps: int = 0, interval: int = 3, **more: Any) -> cg.Artifact:
+        """Compiled for FORA."""
+        schedule = fora(steps or self.steps, interval, **more)
+        if str(schedule) not in self.artifacts:
+            self.artifacts[str(schedule)] = compile_traced(self.model, self.traced, schedule)
+        return self.artifacts[str(schedule)]
+
+    def runner(self, **schedule: Any) -> cg.Runner:
+        """A runner of its own."""
+        return cg.load(self.artifact(**schedule))
+
+    def wanted(self, calls: Sequence[Call], **schedule: Any) -> list[Tensor]:
+        """What an undisturbed trajectory gives, by the reference."""
+        artifact = self.artifact(**schedule)
+        plan = artifact.program.plan
+        run = cg.ReferenceRunner.of_plan(self.model, self.traced, plan, artifact.schedule)
+        return [run(*call, step=step) for step, call in enumerate(calls)]
 
 
 # --- diffusers, from configurations as plain data

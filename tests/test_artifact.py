@@ -23,7 +23,6 @@ from cachegraph import artifact
 from cachegraph.artifact import Artifact, load_artifact
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.runner import Runner
-from cachegraph.weights import distinct, load_weights, save_weights
 from tests.tiny import Tiny, call, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +76,6 @@ def test_loaded_artifact_runs_bit_for_bit_as_the_compiled_one(
     assert loaded.program == compiled.program
     assert loaded.schedule == compiled.schedule
     assert loaded.texts == compiled.texts
-    assert loaded.backend == "eager"
     for batch in (1, 2, 3):
         assert same(trajectory(cg.load(original), batch), trajectory(cg.load(compiled), batch))
 
@@ -144,8 +142,8 @@ class Tied(Tiny):
     def __init__(self) -> None:
         super().__init__()
         self.head.weight = self.blocks[0].attn.proj.weight
-        self.head.register_parameter("bias", None)
-        self.head.bias = self.blocks[0].gates.bias.detach()[:8]
+        del self.head.bias
+        self.head.register_buffer("bias", self.blocks[0].gates.bias.detach()[:8])
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
@@ -162,24 +160,12 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert same(trajectory(loaded.runner()), wanted)
 
 
-def test_distinct_tells_views_from_aliases(tmp_path: Path) -> None:
-    base = torch.arange(6.0)
-    weights = {"a": base, "b": base, "c": base[:3], "d": base.view(2, 3), "e": torch.empty(0)}
-    stored, aliases = distinct(weights | {"f": torch.empty(0)})
-    assert sorted(stored) == ["a", "c", "d", "e", "f"]
-    assert aliases == {"b": "a"}
-    save_weights(stored, tmp_path / "w")
-    again = load_weights(tmp_path / "w", torch.device("cpu"))
-    assert {name: t.tolist() for name, t in again.items()} == {
-        name: t.tolist() for name, t in stored.items()
-    }
-
-
 def test_weights_without_numbers_are_not_written(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = Tiny().eval()
-    with pytest.raises(ArtifactError, match="the weights hold no numbers; expected a model whose"):
-        cg.compile(model, FULL, backend="eager", out=tmp_path / "meta")
+    args = [t.to("meta") for t in call(0)]
+    with pytest.raises(ArtifactError, match="a weight cannot be written; expected a model whose"):
+        cg.compile(model, FULL, args, backend="eager", out=tmp_path / "meta")
     assert not list(tmp_path.iterdir())
 
 
@@ -214,6 +200,7 @@ def signed(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manife
 GRAPH = "graphs/variant1.json"
 DAMAGED = "a file of the artifact is damaged; expected "
 REMOVE = Path.unlink
+MANIFEST = "manifest.json"
 
 
 @pytest.mark.parametrize(
@@ -226,14 +213,12 @@ REMOVE = Path.unlink
         (GRAPH, lambda p: replaced(p, "aten.gelu", "aten.silu"), "other content of the same size"),
         ("graphs/variant0.txt", lambda p: replaced(p, "gelu", "silu"), "other content of the same"),
         ("schedule.yaml", lambda p: replaced(p, "steps: 4", "steps: 5"), "other content of the"),
-        ("manifest.json", REMOVE, "not an artifact, or one whose writing was interrupted; expected"),
-        ("manifest.json", truncated, "the manifest is damaged; found JSONDecodeError"),
-        ("manifest.json", lambda p: p.write_text("[]"), "the manifest is damaged; found TypeError"),
-        ("manifest.json", lambda p: p.write_bytes(b"\xff\0"), "the manifest is damaged; found Uni"),
-        ("manifest.json", lambda p: replaced(p, '"eager"', '"aeger"'), "the manifest was changed"),
-        ("manifest.json", lambda p: replaced(p, '"sha256"', '"sha265"'), "the manifest was changed"),
-        ("manifest.json", lambda p: replaced(p, '"cachegraph": 1', '"cachegraph": 2'),
-         "another format; expected format 1; found format 2; update cachegraph"),
+        (MANIFEST, REMOVE, "not an artifact, or one whose writing was interrupted; expected"),
+        (MANIFEST, truncated, "the manifest is damaged; found JSONDecodeError"),
+        (MANIFEST, lambda p: p.write_text("[]"), "the manifest is damaged; found TypeError"),
+        (MANIFEST, lambda p: p.write_bytes(b"\xff\0"), "the manifest is damaged; found Uni"),
+        (MANIFEST, lambda p: replaced(p, '"eager"', '"aeger"'), "the manifest was changed"),
+        (MANIFEST, lambda p: replaced(p, '"sha256"', '"sha265"'), "the manifest was changed"),
     ],
 )  # fmt: skip
 def test_damage_is_refused(
@@ -253,17 +238,14 @@ def test_what_is_no_artifact(tmp_path: Path) -> None:
     assert "not an artifact, or one whose writing was interr" in refusal(tmp_path / "empty")
 
 
-def test_weights_that_are_truncated_or_none(folder: Path) -> None:
+def test_truncated_weights_are_found_without_their_size_too(folder: Path) -> None:
     path = folder / "weights.safetensors"
     truncated(path)
     signed(folder)
     assert f"{path}: the weights cannot be read; found " in refusal(folder)
-    path.write_bytes(b"no weights at all")
-    with pytest.raises(ArtifactError, match="the weights cannot be read"):
-        load_weights(path, torch.device("cpu"))
 
 
-def test_a_graph_that_calls_something_forbidden(folder: Path, tmp_path: Path) -> None:
+def test_a_graph_that_calls_something_forbidden(folder: Path) -> None:
     replaced(folder / GRAPH, '"aten.gelu.default"', '"os.system"')
     signed(folder)
     assert refusal(folder) == "a graph may not call 'os.system'"
@@ -350,7 +332,7 @@ class Custom(Tiny):
 def test_an_operation_of_ones_own_runs_but_is_not_written(tmp_path: Path) -> None:
     made = cg.compile(Custom().eval(), FULL, backend="eager")
     assert made.runner()(*call(0)).shape == call(0)[0].shape
-    with pytest.raises(ArtifactError, match="cachegraph_tests.thrice.default cannot be written"):
+    with pytest.raises(ArtifactError, match=r"cachegraph_tests.thrice.default cannot be written"):
         made.save(tmp_path / "custom")
     assert not list(tmp_path.iterdir())
 
@@ -388,8 +370,7 @@ def test_a_killed_process_leaves_nothing_that_loads(
     if old:
         assert contents(target) == contents(original)
         assert len(trajectory(cg.load(target))) == STEPS
-    [partial] = [path for path in tmp_path.iterdir() if path != target]
-    assert partial.suffix == ".partial"
+    [partial] = set(tmp_path.iterdir()) - {target}
     assert (partial / "weights.safetensors").exists()
     assert "one whose writing was interrupted" in refusal(partial)
     load_artifact(original).save(target)  # and a new attempt succeeds
@@ -401,9 +382,7 @@ def test_a_killed_process_leaves_nothing_that_loads(
 
 def test_a_device_may_be_named(original: Path) -> None:
     for device in ("cpu", torch.device("cpu")):
-        run = cg.load(original, device=device)
-        assert run.device == torch.device("cpu")
-        assert run(*call(0)).device.type == "cpu"
+        assert cg.load(original, device=device).device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "quantum"])

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cachegraph as cg
+from cachegraph.action import Compute
+from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
 from tests.models import (
     DATA,
+    compile_traced,
     one_thread,  # noqa: F401
     relative_error,
 )
@@ -30,11 +33,16 @@ Model = Callable[..., Tensor]
 class Case:
     """One recording and what was compiled for it, in memory and in a folder."""
 
-    def __init__(self, name: str, model: DiT, folder: Path) -> None:
+    def __init__(self, name: str, model: DiT, traced: TracedModel, folder: Path) -> None:
         self.recording = load_file(DATA / f"{name}.safetensors")
-        self.schedule = SCHEDULES[name]
-        self.model, self.folder = model, folder
-        self.artifact = cg.compile(model, self.schedule, self.inputs(0), out=folder)
+        self.model, self.traced, self.folder = model, traced, folder
+        self.artifact = compile_traced(
+            model, traced, SCHEDULES[name], backend="inductor", out=folder
+        )
+
+    def reference(self) -> cg.ReferenceRunner:
+        plan, schedule = self.artifact.program.plan, self.artifact.schedule
+        return cg.ReferenceRunner.of_plan(self.model, self.traced, plan, schedule)
 
     @property
     def steps(self) -> int:
@@ -55,15 +63,24 @@ def model() -> DiT:
     return cg.load_model(DATA / "dit_tiny.safetensors", arch="DiT(num_heads=4)")
 
 
+@pytest.fixture(scope="module")
+def traced(model: DiT) -> TracedModel:
+    return trace(model, *model.example_inputs())
+
+
 @pytest.fixture(scope="module", params=SCHEDULES)
 def case(
-    request: pytest.FixtureRequest, model: DiT, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model: DiT,
+    traced: TracedModel,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:
-    return Case(request.param, model, tmp_path_factory.mktemp(request.param) / "tiny.cgraph")
+    folder = tmp_path_factory.mktemp(request.param) / "tiny.cgraph"
+    return Case(request.param, model, traced, folder)
 
 
 def test_reference_runner(case: Case) -> None:
-    assert max(case.errors(cg.ReferenceRunner(case.model, case.schedule))) <= LIMIT
+    assert max(case.errors(case.reference())) <= LIMIT
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -79,7 +96,8 @@ def test_loaded_from_a_folder(case: Case, backend: str) -> None:
 def test_a_wrong_rule_cannot_hide(case: Case) -> None:
     """The uncached model is far from the recording of a caching method at its cached steps."""
     errors = case.errors(case.model)
-    computed = [all(type(a).__name__ == "Compute" for a in r) for r in case.artifact.program.rows]
+    rows = case.artifact.program.rows
+    computed = [all(isinstance(action, Compute) for action in row) for row in rows]
     assert len(errors) == len(computed) == case.steps
     for error, full in zip(errors, computed, strict=True):
         assert error <= LIMIT if full else error > 100 * LIMIT

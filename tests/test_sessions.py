@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import cachegraph as cg
 from cachegraph.errors import SessionError
 from cachegraph.plan import Plan
-from cachegraph.trace import TracedModel, trace
 from tests.models import (
-    compile_traced,
+    Call,
+    Compiled,
     dit_steps,
     fora,
     one_thread,  # noqa: F401
@@ -24,39 +24,13 @@ from tests.models import (
     tiny_dit,
 )
 
-Call = tuple[Tensor, Tensor, Tensor]
 STEPS = 10
 TIMES = [1000 - 15 * (step + 1) for step in range(STEPS)]  # of dit_steps
 
 
-class Compiled:
-    """A model, its trace, and what was compiled of it by schedule."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.model = tiny_dit(seed)
-        self.traced: TracedModel = trace(self.model, dit_steps(1)[0])
-        self.artifacts: dict[str, cg.Artifact] = {}
-
-    def artifact(self, steps: int = STEPS, interval: int = 3, **more: Any) -> cg.Artifact:
-        schedule = fora(steps, interval, **more)
-        if str(schedule) not in self.artifacts:
-            self.artifacts[str(schedule)] = compile_traced(self.model, self.traced, schedule)
-        return self.artifacts[str(schedule)]
-
-    def runner(self, **schedule: Any) -> cg.Runner:
-        return cg.load(self.artifact(**schedule))
-
-    def wanted(self, calls: Sequence[Call], **schedule: Any) -> list[Tensor]:
-        """What an undisturbed trajectory gives, by the reference."""
-        artifact = self.artifact(**schedule)
-        plan = artifact.program.plan
-        run = cg.ReferenceRunner.of_plan(self.model, self.traced, plan, artifact.schedule)
-        return [run(*call, step=step) for step, call in enumerate(calls)]
-
-
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
-    return Compiled()
+    return Compiled(STEPS)
 
 
 @pytest.fixture
@@ -155,7 +129,7 @@ def test_sessions_in_threads(compiled: Compiled, run: cg.Runner) -> None:
 
 
 def test_two_models_in_one_process(compiled: Compiled, run: cg.Runner) -> None:
-    other = Compiled(seed=5)
+    other = Compiled(STEPS, seed=5)
     run_other = other.runner(interval=2)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for call in image(1):
@@ -356,12 +330,15 @@ class FailsAt:
         return self.graph(*tensors)
 
 
-@pytest.mark.parametrize(("variant", "call"), [(0, 0), (0, 1), (1, 0), (1, 3)])
-def test_a_step_that_failed_can_be_repeated(compiled: Compiled, variant: int, call: int) -> None:
-    artifact = compiled.artifact()
+def failing_once(artifact: cg.Artifact, variant: int, call: int) -> cg.Runner:
     functions: list[Callable[..., Any]] = list(artifact.graphs)
     functions[variant] = FailsAt(functions[variant], call)
-    run = cg.Runner(artifact.program, functions, artifact.weights)
+    return cg.Runner(artifact.program, functions, artifact.weights)
+
+
+@pytest.mark.parametrize(("variant", "call"), [(0, 0), (0, 1), (1, 0), (1, 3)])
+def test_a_step_that_failed_can_be_repeated(compiled: Compiled, variant: int, call: int) -> None:
+    run = failing_once(compiled.artifact(), variant, call)
     found, failures = [], 0
     for one in image(1):
         try:
@@ -371,6 +348,15 @@ def test_a_step_that_failed_can_be_repeated(compiled: Compiled, variant: int, ca
             found.append(run(*one))
     assert failures == 1
     assert same(found, compiled.wanted(image(1)))
+
+
+def test_a_first_step_that_failed_has_begun_its_trajectory(compiled: Compiled) -> None:
+    run = failing_once(compiled.artifact(), variant=0, call=1)
+    play(run, image(1)[:2])
+    with pytest.warns(UserWarning, match="ended after 2 of"), pytest.raises(RuntimeError):
+        run(*image(2)[0])
+    assert run.cache_bytes() == 0
+    assert same(play(run, image(2)), compiled.wanted(image(2)))  # without another warning
 
 
 @pytest.mark.parametrize("batch", [2, 3])
@@ -388,7 +374,7 @@ def test_only_what_is_still_needed_is_kept(compiled: Compiled, run: cg.Runner, b
     assert found[-1] == 0
 
 
-def test_results_need_no_gradient_and_runners_stay_where_they_are(run: cg.Runner) -> None:
+def test_runners_stay_where_they_are(run: cg.Runner) -> None:
     assert not run(*image(1)[0]).requires_grad
     assert run.to("cpu") is run
     assert run.to(torch.float32) is run
