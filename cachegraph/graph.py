@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import fx
 
 from .plan import Variant
+from .selection import Selection
 from .site import Site
 from .slot import Slot
 
@@ -49,6 +50,8 @@ class StepGraph:
         variant: the steps it serves and what they do.
         sites: every site of the model.
         stage: how far it is.
+        selection: how tokens are chosen, where some are refreshed.
+        order_depth: J of an order of tokens.
         model_inputs: how many inputs are the model's; slots and step constants follow.
         model_outputs: how many outputs are the model's; writes follow.
     """
@@ -59,6 +62,8 @@ class StepGraph:
     stage: Stage
     model_inputs: int
     model_outputs: int
+    selection: Selection | None = None
+    order_depth: int = 0
 
     @property
     def graph(self) -> fx.Graph:

@@ -1,22 +1,24 @@
 """The cache operations that stand in a rewritten graph until they are lowered.
 
-Plain functions of tensors, so a graph that holds them still runs in eager.
+Plain functions of tensors, so a graph that holds them still runs in eager. Sizes: B batch,
+H heads, N tokens, D head width, C width, k recomputed tokens, L sites, J partial steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
 def read(slot: Tensor) -> Tensor:
-    """The value kept in a slot, ``(B, N, C)``."""
+    """What is kept in a slot, such as ``(B, N, C)``."""
     return slot
 
 
 def write(value: Tensor, slot: str) -> Tensor:
-    """Hand out a value ``(B, N, C)`` to be kept under the name ``slot``."""
+    """Hand out a value to be kept under the name ``slot``."""
     return value
 
 
@@ -33,4 +35,121 @@ def forecast(values: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     return total
 
 
-CACHE_OPS = frozenset({read, write, forecast})
+def pick_tokens(order: Tensor, age: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens to recompute in this step, best first.
+
+    Args:
+        order: ``(B, J, N)`` int64.
+        age: ``(1,)`` int64, which of the J rows.
+        tokens: ``(k,)`` int64, 0 .. k-1.
+
+    Returns:
+        ``(B, k)`` int64.
+    """
+    row = torch.ops.aten.select.int(torch.index_select(order, 1, age), 1, 0)
+    return torch.index_select(row, 1, tokens)
+
+
+def gather_tokens(stream: Tensor, picked: Tensor) -> Tensor:
+    """The picked tokens ``(B, k, C)`` of a stream ``(B, N, C)``."""
+    return torch.gather(stream, 1, _over_width(picked, stream))
+
+
+def scatter_tokens(kept: Tensor, picked: Tensor, fresh: Tensor) -> Tensor:
+    """A kept value ``(B, N, C)`` with the picked tokens replaced by ``(B, k, C)`` fresh ones."""
+    return torch.scatter(kept, 1, _over_width(picked, kept), fresh)
+
+
+def attention_received(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """Attention that each token received: column sums of the softmax map, mean over heads.
+
+    The map is gone after the step; only its column sums, a vector a site, can be kept.
+
+    Args:
+        query: ``(B, H, N, D)``.
+        key: ``(B, H, N, D)``.
+        scale: of the products; ``D**-0.5`` where None.
+
+    Returns:
+        ``(B, N)`` float32.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    products = torch.matmul(query * factor, key.transpose(-2, -1))
+    return torch.softmax(products.float(), dim=-1).mean(dim=1).sum(dim=1)
+
+
+def value_smallness(value: Tensor) -> Tensor:
+    """``sum over heads of 1 - ||v||``: large where the value vectors ``(B, H, N, D)`` are small.
+
+    Returns:
+        ``(B, N)`` float32.
+    """
+    return (1 - torch.linalg.vector_norm(value.float(), dim=-1)).sum(dim=1)
+
+
+def order_tokens(
+    scores: Sequence[Tensor],
+    counts: Tensor,
+    age_weight: float,
+    bonus: float,
+    cell: int,
+    grid: Sequence[int],
+) -> Tensor:
+    """In which order the tokens of L sites are recomputed in the J partial steps that follow.
+
+    A token's score is its normalised score plus ``age_weight`` for each partial step that it was
+    left out of; the best of each cell gets ``bonus`` times its score on top. The first of equals
+    comes first. Source: Shenyi-Z/ToCa, ``cache_functions/cache_cutfresh.py``, ``scores.py``.
+
+    Args:
+        scores: L tensors ``(B, N)``.
+        counts: ``(L, J)`` int64, how many tokens each partial step recomputes.
+        age_weight: see above.
+        bonus: see above; 0 for none.
+        cell: side of a cell in tokens.
+        grid: height and width of the token grid.
+
+    Returns:
+        ``(L, B, J, N)`` int64.
+    """
+    base = torch.nn.functional.normalize(torch.stack(list(scores)), dim=-1)
+    age = torch.zeros_like(base)
+    place = torch.zeros_like(base, dtype=torch.int64) + torch.arange(
+        base.shape[-1], device=base.device
+    )
+    orders = []
+    for j in range(counts.shape[1]):
+        score = base + age_weight * age
+        if bonus:
+            score = _with_bonus(score, bonus, cell, grid)
+        order = torch.sort(score, dim=-1, descending=True, stable=True)[1]
+        rank = torch.scatter(torch.zeros_like(place), -1, order, place)
+        age = torch.where(rank < counts[:, j : j + 1, None], torch.zeros_like(age), age + 1)
+        orders.append(order)
+    return torch.stack(orders, dim=2)
+
+
+def _with_bonus(score: Tensor, bonus: float, cell: int, grid: Sequence[int]) -> Tensor:
+    """Raise the best token of each cell of the grid by a share of its score."""
+    rows, columns = grid[0] // cell, grid[1] // cell
+    sites = score.shape[0]
+    cells = score.reshape(sites, -1, rows, cell, columns, cell).permute(0, 1, 2, 4, 3, 5)
+    flat = cells.reshape(sites, -1, rows, columns, cell * cell)
+    inside = torch.arange(cell * cell, device=score.device)
+    best = flat.argmax(dim=-1, keepdim=True) == inside
+    raised = flat + torch.where(best, flat * bonus, torch.zeros_like(flat))
+    back = raised.reshape(sites, -1, rows, columns, cell, cell).permute(0, 1, 2, 4, 3, 5)
+    return back.reshape(sites, -1, rows * cell * columns * cell)
+
+
+def _over_width(picked: Tensor, like: Tensor) -> Tensor:
+    return picked.unsqueeze(-1).expand(-1, -1, like.shape[-1])
+
+
+CACHE_OPS = frozenset(
+    {
+        *(read, write, forecast),
+        *(pick_tokens, gather_tokens, scatter_tokens),
+        *(attention_received, value_smallness, order_tokens),
+    }
+)

@@ -10,11 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+
+import torch
 
 from .action import (
     Action,
     Compute,
     Forecast,
+    Refresh,
     Reuse,
     Row,
     makes_value,
@@ -23,7 +27,9 @@ from .action import (
 )
 from .errors import PlanError
 from .site import Site
-from .slot import StepConstant
+from .selection import Selection
+from .slot import ConstantKind, Numbers, StepConstant
+from .spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Variant:
         steps: the steps that run it.
         row: the row of its first step; the structure is the same in all of them.
         writes: per site, whether the graph hands out the site's values to be kept.
+        orders: per site, whether it hands out an order of tokens for later partial steps.
         constants: inputs that differ from step to step.
     """
 
@@ -42,7 +49,22 @@ class Variant:
     steps: tuple[int, ...]
     row: Row
     writes: tuple[bool, ...]
+    orders: tuple[bool, ...]
     constants: tuple[StepConstant, ...]
+
+
+class Kept(NamedTuple):
+    """Something that lives between steps.
+
+    Attributes:
+        site: index of the site.
+        made: the step that made it.
+        order: the site's order of tokens instead of its values.
+    """
+
+    site: int
+    made: int
+    order: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +76,14 @@ class Plan:
         rows: one row a step; ``rows[step][i]`` is the action at ``sites[i]``.
         variants: the specialised graphs.
         variant_of: step -> index into ``variants``.
+        selection: how tokens are chosen, where a row refreshes some.
     """
 
     sites: tuple[Site, ...]
     rows: tuple[Row, ...]
     variants: tuple[Variant, ...]
     variant_of: tuple[int, ...]
+    selection: Selection | None = None
 
     @property
     def steps(self) -> int:
@@ -67,21 +91,26 @@ class Plan:
         return len(self.rows)
 
     @cached_property
-    def last_use(self) -> dict[tuple[int, int], int]:
-        """(site index, step that made the value) -> last step that uses it."""
+    def last_use(self) -> dict[Kept, int]:
+        """What is kept -> last step that uses it."""
         return _last_use(self.rows)
 
     @cached_property
-    def freed_after(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Per step, the values (site index, step made) that nothing needs afterwards."""
-        freed: list[list[tuple[int, int]]] = [[] for _ in self.rows]
-        for value, step in self.last_use.items():
-            freed[step].append(value)
-        return tuple(tuple(sorted(values)) for values in freed)
+    def freed_after(self) -> tuple[tuple[Kept, ...], ...]:
+        """Per step, what nothing needs afterwards."""
+        freed: list[list[Kept]] = [[] for _ in self.rows]
+        for kept, step in self.last_use.items():
+            freed[step].append(kept)
+        return tuple(tuple(sorted(kept)) for kept in freed)
 
-    def is_kept(self, site: int, step: int) -> bool:
-        """True where a later step uses the value that ``step`` makes at the site."""
-        return (site, step) in self.last_use
+    @property
+    def order_depth(self) -> int:
+        """J: the most partial steps that follow one computed step."""
+        return order_depth(self.rows)
+
+    def is_kept(self, site: int, step: int, *, order: bool = False) -> bool:
+        """True where a later step uses what ``step`` makes at the site."""
+        return Kept(site, step, order) in self.last_use
 
     def cache_bytes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         """Bytes of the values that live on after each step.
@@ -91,9 +120,13 @@ class Plan:
         """
         size = [sum(v.spec.nbytes(symbols) for v in site.values) for site in self.sites]
         live = [0] * self.steps
-        for (site, made), last in self.last_use.items():
-            for step in range(made, last):
-                live[step] += size[site]
+        for kept, last in self.last_use.items():
+            nbytes = size[kept.site]
+            if kept.order:
+                spec = order_spec(self.sites[kept.site], self.order_depth)
+                nbytes = spec.nbytes(symbols)
+            for step in range(kept.made, last):
+                live[step] += nbytes
         return tuple(live)
 
     def full_steps(self) -> int:
@@ -105,6 +138,7 @@ def make_plan(
     sites: Sequence[Site],
     rows: Sequence[Row],
     *,
+    selection: Selection | None = None,
     max_variants: int | None = None,
     place: str = "schedule",
 ) -> Plan:
@@ -113,6 +147,7 @@ def make_plan(
     Args:
         sites: every site of the model.
         rows: one a step, one action a site.
+        selection: how tokens are chosen, where a row refreshes some.
         max_variants: refuse more specialised graphs than this.
         place: where the schedule is written, for errors.
 
@@ -131,6 +166,7 @@ def make_plan(
         for index, action in enumerate(row):
             _check_action(sites[index], rows, step, index, place)
             _check_forecast(sites[index], action, step, place)
+            _check_refresh(sites[index], rows, step, index, selection, place)
     groups: dict[tuple[tuple[str, int], ...], list[int]] = {}
     for step, row in enumerate(rows):
         groups.setdefault(tuple(structure(a) for a in row), []).append(step)
@@ -147,7 +183,19 @@ def make_plan(
         _variant(f"variant{i}", steps, sites, rows, kept) for i, steps in enumerate(groups.values())
     )
     variant_of = {step: i for i, variant in enumerate(variants) for step in variant.steps}
-    return Plan(tuple(sites), tuple(rows), variants, tuple(variant_of[s] for s in range(len(rows))))
+    in_order = tuple(variant_of[step] for step in range(len(rows)))
+    return Plan(tuple(sites), tuple(rows), variants, in_order, selection)
+
+
+def order_spec(site: Site, depth: int) -> TensorSpec:
+    """Spec of a site's order of tokens: ``i64[B, J, N]``."""
+    batch, tokens = site.values[0].spec.shape[:2]
+    return TensorSpec((batch, depth, tokens), torch.int64)
+
+
+def order_depth(rows: Sequence[Row]) -> int:
+    """The most partial steps that follow one computed step."""
+    return max((a.age + 1 for row in rows for a in row if isinstance(a, Refresh)), default=0)
 
 
 def _variant(
@@ -155,37 +203,93 @@ def _variant(
     steps: Sequence[int],
     sites: Sequence[Site],
     rows: Sequence[Row],
-    kept: Mapping[tuple[int, int], int],
+    kept: Mapping[Kept, int],
 ) -> Variant:
     # A write that only some of the steps need stays in the shared graph: leaving it out of those
     # steps alone would split the variant.
-    writes = tuple(any((i, step) in kept for step in steps) for i in range(len(sites)))
-    return Variant(name, tuple(steps), rows[steps[0]], writes, _constants(steps, sites, rows))
+    writes, orders = (
+        tuple(any(Kept(i, step, order) in kept for step in steps) for i in range(len(sites)))
+        for order in (False, True)
+    )
+    constants = (
+        *_forecast_constants(steps, sites, rows),
+        *_refresh_constants(steps, sites, rows),
+        *_count_constants(steps, sites, rows, orders),
+    )
+    return Variant(name, tuple(steps), rows[steps[0]], writes, orders, constants)
 
 
-def _constants(
+def _forecast_constants(
     steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row]
 ) -> tuple[StepConstant, ...]:
     """Forecast coefficients; sites whose numbers agree in every step share one constant."""
-    shared: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    shared: dict[tuple[Numbers, ...], list[str]] = {}
     for i, site in enumerate(sites):
-        if isinstance(rows[steps[0]][i], Forecast):
-            actions = [rows[step][i] for step in steps]
-            numbers = tuple(a.coefficients for a in actions if isinstance(a, Forecast))
+        actions = [rows[step][i] for step in steps]
+        numbers = tuple(a.coefficients for a in actions if isinstance(a, Forecast))
+        if numbers:
             shared.setdefault(numbers, []).append(site.name)
+    return _shared_constants("forecast", ConstantKind.COEFFICIENTS, steps, shared)
+
+
+def _refresh_constants(
+    steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row]
+) -> tuple[StepConstant, ...]:
+    """How many tokens, as ``0 .. k-1``, and which row of the order: ages."""
+    tokens: dict[tuple[Numbers, ...], list[str]] = {}
+    ages: dict[tuple[Numbers, ...], list[str]] = {}
+    for i, site in enumerate(sites):
+        actions = [a for step in steps if isinstance(a := rows[step][i], Refresh)]
+        if actions:
+            tokens.setdefault(tuple(tuple(range(a.tokens)) for a in actions), []).append(site.name)
+            ages.setdefault(tuple((a.age,) for a in actions), []).append(site.name)
+    return (
+        *_shared_constants("tokens", ConstantKind.TOKENS, steps, tokens),
+        *_shared_constants("age", ConstantKind.AGE, steps, ages),
+    )
+
+
+def _count_constants(
+    steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row], orders: Sequence[bool]
+) -> tuple[StepConstant, ...]:
+    """Tokens of each site in the partial steps that follow, so that ages can be foreseen."""
+    chosen = [i for i, wanted in enumerate(orders) if wanted]
+    if not chosen:
+        return ()
+    depth = order_depth(rows)
+    counts = {(i, step): [0] * depth for i in chosen for step in steps}
+    for row in rows:
+        for i in chosen:
+            action = row[i]
+            if isinstance(action, Refresh) and (i, action.scored) in counts:
+                counts[i, action.scored][action.age] = action.tokens
+    values: dict[int, Numbers] = {
+        step: tuple(tuple(counts[i, step]) for i in chosen) for step in steps
+    }
+    names = tuple(sites[i].name for i in chosen)
+    return (StepConstant("counts", names, values, ConstantKind.COUNTS),)
+
+
+def _shared_constants(
+    name: str,
+    kind: ConstantKind,
+    steps: Sequence[int],
+    shared: Mapping[tuple[Numbers, ...], list[str]],
+) -> tuple[StepConstant, ...]:
     return tuple(
-        StepConstant(f"forecast{i}", tuple(names), dict(zip(steps, numbers, strict=True)))
+        StepConstant(f"{name}{i}", tuple(names), dict(zip(steps, numbers, strict=True)), kind)
         for i, (numbers, names) in enumerate(shared.items())
     )
 
 
-def _last_use(rows: Sequence[Row]) -> dict[tuple[int, int], int]:
-    return {
-        (i, source): step
-        for step, row in enumerate(rows)
-        for i, action in enumerate(row)
-        for source in sources(action)
-    }
+def _last_use(rows: Sequence[Row]) -> dict[Kept, int]:
+    last: dict[Kept, int] = {}
+    for step, row in enumerate(rows):
+        for i, action in enumerate(row):
+            last.update({Kept(i, source): step for source in sources(action)})
+            if isinstance(action, Refresh):
+                last[Kept(i, action.scored, order=True)] = step
+    return last
 
 
 def _check_action(site: Site, rows: Sequence[Row], step: int, index: int, place: str) -> None:
@@ -219,6 +323,29 @@ def _check_forecast(site: Site, action: Action, step: int, place: str) -> None:
         )
 
 
+def _check_refresh(
+    site: Site,
+    rows: Sequence[Row],
+    step: int,
+    index: int,
+    selection: Selection | None,
+    place: str,
+) -> None:
+    action = rows[step][index]
+    if not isinstance(action, Refresh):
+        return
+    tokens = site.values[0].spec.shape[1] if len(site.values[0].spec.shape) == 3 else None
+    computed = 0 <= action.scored < step and isinstance(rows[action.scored][index], Compute)
+    fits = isinstance(tokens, int) and 1 <= action.tokens < tokens and action.age >= 0
+    if selection is None or len(site.values) != 1 or not computed or not fits:
+        raise PlanError(
+            f"step {step} cannot refresh tokens of {site.name}",
+            place=place,
+            expected=f"1 to {tokens} tokens (fewer than all), scored at a step that computed it",
+            found=f"{action.tokens} tokens of {site.values[0].spec}, scored at {action.scored}",
+        )
+
+
 def _describe_group(key: Sequence[tuple[str, int]], steps: Sequence[int]) -> str:
     words: dict[str, int] = {}
     for kind, _ in key:
@@ -235,3 +362,5 @@ def _word(action: Action) -> str:
             return f"reuse of step {source}"
         case Forecast():
             return f"forecast from steps {', '.join(map(str, action.sources))}"
+        case Refresh():
+            return f"refresh of {action.tokens} tokens"

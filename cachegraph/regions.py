@@ -328,6 +328,8 @@ def _site(dependence: _Dependence, group: list[_Branch]) -> Site:
             for b in group
         ),
         module=module,
+        source=group[0].source.name,
+        cores=tuple(n.name for n in group[0].cores),
         anchors=tuple(n.name for n in sorted(anchors, key=dependence.index.__getitem__)),
         fused=any(_is_fused(dependence, branch) for branch in group),
     )
