@@ -92,7 +92,8 @@ class StepGraph:
         for node in self.graph.nodes:
             if VALUE in node.meta:
                 name, index = node.meta[VALUE]
-                yield by_name[name], index, node
+                if name in by_name:
+                    yield by_name[name], index, node
 
     def read_slots(self) -> list[Slot]:
         """The slots that are inputs, in order."""

@@ -7,7 +7,7 @@ the runner frees a value after the last step that uses it, and no history is eve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -26,9 +26,9 @@ from .action import (
     structure,
 )
 from .errors import PlanError
-from .site import Site
-from .selection import Selection
-from .slot import ConstantKind, Numbers, StepConstant
+from .selection import Score, Selection
+from .site import Site, SiteKind
+from .slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Numbers, StepConstant
 from .spec import TensorSpec
 
 
@@ -41,7 +41,7 @@ class Variant:
         steps: the steps that run it.
         row: the row of its first step; the structure is the same in all of them.
         writes: per site, whether the graph hands out the site's values to be kept.
-        orders: per site, whether it hands out an order of tokens for later partial steps.
+        extras: per site, which of EXTRAS the graph hands out beside the values.
         constants: inputs that differ from step to step.
     """
 
@@ -49,8 +49,11 @@ class Variant:
     steps: tuple[int, ...]
     row: Row
     writes: tuple[bool, ...]
-    orders: tuple[bool, ...]
+    extras: tuple[tuple[int, ...], ...]
     constants: tuple[StepConstant, ...]
+
+
+VALUES = 0  # the part of a site's memory that its values are
 
 
 class Kept(NamedTuple):
@@ -59,12 +62,12 @@ class Kept(NamedTuple):
     Attributes:
         site: index of the site.
         made: the step that made it.
-        order: the site's order of tokens instead of its values.
+        part: VALUES, or one of EXTRAS.
     """
 
     site: int
     made: int
-    order: bool = False
+    part: int = VALUES
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Plan:
     @cached_property
     def last_use(self) -> dict[Kept, int]:
         """What is kept -> last step that uses it."""
-        return _last_use(self.rows)
+        return _last_use(self.rows, self.sites, self.selection)
 
     @cached_property
     def freed_after(self) -> tuple[tuple[Kept, ...], ...]:
@@ -108,9 +111,9 @@ class Plan:
         """J: the most partial steps that follow one computed step."""
         return order_depth(self.rows)
 
-    def is_kept(self, site: int, step: int, *, order: bool = False) -> bool:
+    def is_kept(self, site: int, step: int, part: int = VALUES) -> bool:
         """True where a later step uses what ``step`` makes at the site."""
-        return Kept(site, step, order) in self.last_use
+        return Kept(site, step, part) in self.last_use
 
     def cache_bytes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         """Bytes of the values that live on after each step.
@@ -122,8 +125,8 @@ class Plan:
         live = [0] * self.steps
         for kept, last in self.last_use.items():
             nbytes = size[kept.site]
-            if kept.order:
-                spec = order_spec(self.sites[kept.site], self.order_depth)
+            if kept.part in EXTRAS:
+                spec = extra_spec(self.sites[kept.site], kept.part, self.order_depth)
                 nbytes = spec.nbytes(symbols)
             for step in range(kept.made, last):
                 live[step] += nbytes
@@ -178,19 +181,42 @@ def make_plan(
             found="; ".join(_describe_group(key, steps) for key, steps in groups.items()),
             remedy="raise max_variants or make rows alike",
         )
-    kept = _last_use(rows)
+    kept = _last_use(rows, sites, selection)
     variants = tuple(
-        _variant(f"variant{i}", steps, sites, rows, kept) for i, steps in enumerate(groups.values())
+        _variant(f"variant{i}", steps, sites, rows, kept, selection)
+        for i, steps in enumerate(groups.values())
     )
     variant_of = {step: i for i, variant in enumerate(variants) for step in variant.steps}
     in_order = tuple(variant_of[step] for step in range(len(rows)))
     return Plan(tuple(sites), tuple(rows), variants, in_order, selection)
 
 
-def order_spec(site: Site, depth: int) -> TensorSpec:
-    """Spec of a site's order of tokens: ``i64[B, J, N]``."""
+def extra_spec(site: Site, part: int, depth: int) -> TensorSpec:
+    """Spec of what a site keeps beside its values: ``i64[B, J, N]`` or ``f32[B, N]``."""
     batch, tokens = site.values[0].spec.shape[:2]
-    return TensorSpec((batch, depth, tokens), torch.int64)
+    if part == ORDER:
+        return TensorSpec((batch, depth, tokens), torch.int64)
+    return TensorSpec((batch, tokens), torch.float32)
+
+
+def scorer(sites: Sequence[Site], index: int, selection: Selection) -> int | None:
+    """Index of the site whose attention scores the tokens of a site; None where none does.
+
+    It is the site of the same block: the cross-attention for entropies, else the self-attention.
+    """
+    if selection.score in (Score.SIMILARITY, Score.NORM, Score.RANDOM):
+        return None
+    crossed = selection.score is Score.CROSS_ATTENTION
+    kind = SiteKind.CROSS_ATTN if crossed else SiteKind.ATTN
+    block = sites[index].name.rpartition(".")[0]
+    return next(
+        (
+            i
+            for i, site in enumerate(sites)
+            if site.kind is kind and site.name.rpartition(".")[0] == block
+        ),
+        None,
+    )
 
 
 def order_depth(rows: Sequence[Row]) -> int:
@@ -204,19 +230,23 @@ def _variant(
     sites: Sequence[Site],
     rows: Sequence[Row],
     kept: Mapping[Kept, int],
+    selection: Selection | None,
 ) -> Variant:
     # A write that only some of the steps need stays in the shared graph: leaving it out of those
     # steps alone would split the variant.
-    writes, orders = (
-        tuple(any(Kept(i, step, order) in kept for step in steps) for i in range(len(sites)))
-        for order in (False, True)
-    )
+    parts = [
+        [part for part in (VALUES, *EXTRAS) if any(Kept(i, step, part) in kept for step in steps)]
+        for i in range(len(sites))
+    ]
+    writes = tuple(VALUES in found for found in parts)
+    extras = tuple(tuple(part for part in found if part in EXTRAS) for found in parts)
     constants = (
         *_forecast_constants(steps, sites, rows),
-        *_refresh_constants(steps, sites, rows),
-        *_count_constants(steps, sites, rows, orders),
+        *_refresh_constants(steps, sites, rows, selection is not None and selection.foreseen),
+        *_step_constant(steps, sites, rows, selection),
+        *_count_constants(steps, sites, rows, [ORDER in found for found in extras]),
     )
-    return Variant(name, tuple(steps), rows[steps[0]], writes, orders, constants)
+    return Variant(name, tuple(steps), rows[steps[0]], writes, extras, constants)
 
 
 def _forecast_constants(
@@ -233,20 +263,45 @@ def _forecast_constants(
 
 
 def _refresh_constants(
-    steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row]
+    steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row], foreseen: bool
 ) -> tuple[StepConstant, ...]:
-    """How many tokens, as ``0 .. k-1``, and which row of the order: ages."""
+    """How many tokens, as ``0 .. k-1``, and ages.
+
+    An age is the row of a foreseen order; else how many partial steps without tokens have passed
+    since the ages were kept.
+    """
     tokens: dict[tuple[Numbers, ...], list[str]] = {}
     ages: dict[tuple[Numbers, ...], list[str]] = {}
     for i, site in enumerate(sites):
         actions = [a for step in steps if isinstance(a := rows[step][i], Refresh)]
-        if actions:
-            tokens.setdefault(tuple(tuple(range(a.tokens)) for a in actions), []).append(site.name)
-            ages.setdefault(tuple((a.age,) for a in actions), []).append(site.name)
+        if not actions:
+            continue
+        tokens.setdefault(tuple(tuple(range(a.tokens)) for a in actions), []).append(site.name)
+        age = [a.age if foreseen else a.age - _age_after(rows[a.source][i]) for a in actions]
+        ages.setdefault(tuple((a,) for a in age), []).append(site.name)
     return (
         *_shared_constants("tokens", ConstantKind.TOKENS, steps, tokens),
         *_shared_constants("age", ConstantKind.AGE, steps, ages),
     )
+
+
+def _step_constant(
+    steps: Sequence[int],
+    sites: Sequence[Site],
+    rows: Sequence[Row],
+    selection: Selection | None,
+) -> tuple[StepConstant, ...]:
+    """The number of the step, where scores are random."""
+    chosen = [s.name for i, s in enumerate(sites) if isinstance(rows[steps[0]][i], Refresh)]
+    if selection is None or selection.score is not Score.RANDOM or not chosen:
+        return ()
+    values: dict[int, Numbers] = {step: (step,) for step in steps}
+    return (StepConstant("step", tuple(chosen), values, ConstantKind.STEP),)
+
+
+def _age_after(action: Action) -> int:
+    """Partial steps that the kept ages of a site account for."""
+    return action.age + 1 if isinstance(action, Refresh) else 0
 
 
 def _count_constants(
@@ -282,14 +337,29 @@ def _shared_constants(
     )
 
 
-def _last_use(rows: Sequence[Row]) -> dict[Kept, int]:
+def _last_use(
+    rows: Sequence[Row], sites: Sequence[Site], selection: Selection | None
+) -> dict[Kept, int]:
     last: dict[Kept, int] = {}
     for step, row in enumerate(rows):
         for i, action in enumerate(row):
             last.update({Kept(i, source): step for source in sources(action)})
-            if isinstance(action, Refresh):
-                last[Kept(i, action.scored, order=True)] = step
+            if isinstance(action, Refresh) and selection is not None:
+                last.update(dict.fromkeys(_chosen_by(row, i, action, sites, selection), step))
     return last
+
+
+def _chosen_by(
+    row: Row, index: int, action: Refresh, sites: Sequence[Site], selection: Selection
+) -> Iterator[Kept]:
+    """What a choice of tokens goes by, beside what its own step computes."""
+    if selection.foreseen:
+        yield Kept(index, action.scored, ORDER)
+        return
+    yield Kept(index, action.source, AGE)
+    owner = scorer(sites, index, selection)
+    if owner is not None and (owner == index or isinstance(row[owner], Reuse)):
+        yield Kept(owner, sources(row[owner])[0], SCORE)
 
 
 def _check_action(site: Site, rows: Sequence[Row], step: int, index: int, place: str) -> None:

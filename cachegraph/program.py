@@ -9,10 +9,10 @@ from typing import Any
 from .action import Refresh, Row, sources
 from .cost import PlanCost
 from .graph import CONSTANT, StepGraph
-from .plan import Plan, make_plan
+from .plan import VALUES, Plan, make_plan
 from .schedule import Schedule
-from .signature import CallSignature
 from .selection import Selection
+from .signature import CallSignature
 from .site import Site
 from .slot import ORDER
 from .spec import SpecText, TensorSpec
@@ -25,18 +25,18 @@ class Step:
 
     Attributes:
         variant: index of the graph that it runs.
-        slots: (site, value, step that made it) for each slot input, in graph order; ORDER stands in
-            place of the value for an order of tokens.
+        slots: (site, value, step that made it) for each slot input, in graph order; one of EXTRAS
+            may stand in place of the value.
         constants: the numbers of each step constant, in graph order.
         keeps: for each written output, whether a later step uses it.
-        frees: what nothing needs afterwards.
+        frees: (site, step that made it, VALUES or one of EXTRAS) of what nothing needs afterwards.
     """
 
     variant: int
     slots: tuple[tuple[int, int, int], ...]
     constants: tuple[Any, ...]
     keeps: tuple[bool, ...]
-    frees: tuple[tuple[int, int, bool], ...]
+    frees: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _layout(graph: StepGraph) -> VariantLayout:
         if written
         for value in range(len(site.values))
     )
-    writes += tuple((i, ORDER) for i, wanted in enumerate(graph.variant.orders) if wanted)
+    writes += tuple((i, part) for i, parts in enumerate(graph.variant.extras) for part in parts)
     inputs = tuple(TensorSpec.of(node.meta["val"]) for node in graph.inputs)
     return VariantLayout(graph.variant.name, inputs, writes)
 
@@ -146,14 +146,14 @@ def _step(plan: Plan, graph: StepGraph, layout: VariantLayout, step: int) -> Ste
     for slot in graph.read_slots():
         site = index[slot.site]
         action = plan.rows[step][site]
-        by_order = slot.value == ORDER and isinstance(action, Refresh)
-        made = action.scored if by_order else sources(action)[slot.age]
+        foreseen = slot.value == ORDER and isinstance(action, Refresh)
+        made = action.scored if foreseen else sources(action)[slot.age]
         slots.append((site, slot.value, made))
     constants = [n.meta[CONSTANT].values[step] for n in graph.inputs if CONSTANT in n.meta]
     return Step(
         variant=plan.variant_of[step],
         slots=tuple(slots),
         constants=tuple(constants),
-        keeps=tuple(plan.is_kept(s, step, order=v == ORDER) for s, v in layout.writes),
+        keeps=tuple(plan.is_kept(s, step, min(v, VALUES)) for s, v in layout.writes),
         frees=plan.freed_after[step],
     )

@@ -13,8 +13,8 @@ from torch.utils import _pytree
 
 from .action import Action, Compute, Forecast, Reuse, makes_value
 from .errors import SiteError
-from .plan import Plan, make_plan
-from .policies import make_rows
+from .plan import Plan
+from .policies import plan_of
 from .schedule import Schedule, load_schedule
 from .site import Site
 from .trace import TracedModel, trace
@@ -90,8 +90,7 @@ class ReferenceRunner:
         if self._traced is None:
             self._traced = trace(self.model, args, kwargs)
         if self._plan is None:
-            sites = self._traced.sites
-            self._plan = make_plan(sites, make_rows(self.schedule, sites))
+            self._plan = plan_of(self.schedule, self._traced)
         return self._traced, self._plan
 
     def _tracking(self, traced: TracedModel, plan: Plan) -> Tracking:

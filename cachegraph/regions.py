@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,6 +141,28 @@ def find_sites(graph: fx.Graph) -> tuple[Site, ...]:
         groups.append([branch]) if twin is None else twin.append(branch)
     sites = tuple(_site(dependence, group) for group in groups)
     return _with_unique_names(sites)
+
+
+def find_stack(graph: fx.Graph, sites: Sequence[Site]) -> Site | None:
+    """All blocks as one site, where every site stands in one chain of residual adds.
+
+    Its value is the stream behind the last block; reusing it skips all blocks.
+    """
+    chained = all(b.source == a.residual for a, b in pairwise(sites))
+    if not sites or not chained or any(len(site.values) > 1 for site in sites):
+        return None
+    last = next(node for node in graph.nodes if node.name == sites[-1].residual)
+    value = SiteValue(last.name, TensorSpec.of(last.meta["val"]), _output_module(last))
+    return Site(
+        name="stack",
+        kind=SiteKind.STACK,
+        values=(value,),
+        module=None,
+        source=sites[0].source,
+        residual=last.name,
+        cores=(),
+        anchors=(),
+    )
 
 
 def _merge(merged: list[_Branch], branch: _Branch) -> None:
@@ -329,10 +352,20 @@ def _site(dependence: _Dependence, group: list[_Branch]) -> Site:
         ),
         module=module,
         source=group[0].source.name,
+        reader=_reader(dependence, group[0]),
+        residual=adds[-1].name,
         cores=tuple(n.name for n in group[0].cores),
         anchors=tuple(n.name for n in sorted(anchors, key=dependence.index.__getitem__)),
         fused=any(_is_fused(dependence, branch) for branch in group),
     )
+
+
+def _reader(dependence: _Dependence, branch: _Branch) -> str | None:
+    """The innermost module that takes the stream as its input."""
+    for node in dependence.between(branch.source, branch.value):
+        if branch.source in node.all_input_nodes and (stack := _stack(node)):
+            return stack[-1]
+    return None
 
 
 def _kind(dependence: _Dependence, group: list[_Branch]) -> SiteKind:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SessionError
+from .plan import VALUES
 from .program import Program
-from .slot import ORDER
 from .spec import TensorSpec, evaluate
 from .tracking import Position, Track, Tracking, make_tracking
 
@@ -215,7 +215,7 @@ class Runner(nn.Module):
             if keep:
                 values[site, value, step] = tensor
         freed = set(entry.frees)
-        for key in [k for k in values if (k[0], k[2], k[1] == ORDER) in freed]:
+        for key in [k for k in values if (k[0], k[2], min(k[1], VALUES)) in freed]:
             del values[key]
         return outputs[:count]
 

@@ -9,7 +9,9 @@ from enum import StrEnum
 class Score(StrEnum):
     """What a token's score is made of; the highest are recomputed."""
 
-    ATTENTION = "attention"  # attention it received: column sums of the softmax map, mean over heads
+    ATTENTION = (
+        "attention"  # attention it received: column sums of the softmax map, mean over heads
+    )
     CROSS_ATTENTION = "cross-attention"  # entropy of its row, mean of the two halves of the batch
     KV_NORM = "kv-norm"  # small norm of its value vector, summed over heads
     SIMILARITY = "similarity"  # how little its input resembles the kept value
@@ -28,6 +30,7 @@ class Selection:
         bonus: the best token of each cell gets its score times this added.
         cell: side of a cell in tokens.
         grid: height and width of the token grid.
+        seed: of random scores.
     """
 
     score: Score
@@ -35,3 +38,9 @@ class Selection:
     bonus: float
     cell: int
     grid: tuple[int, int]
+    seed: int = 0
+
+    @property
+    def foreseen(self) -> bool:
+        """True where the choice depends on the last computed step alone."""
+        return self.score in (Score.ATTENTION, Score.KV_NORM)

@@ -46,6 +46,8 @@ class Site:
         values: what is kept, before the gate multiplication.
         module: path of the module that holds the whole region, or None.
         source: node of the stream that the site reads and is added to.
+        reader: path of the module that takes the stream, or None.
+        residual: node of that addition; the last of them where there are several values.
         cores: attention cores among the anchors.
         anchors: nodes that do the site's main work (attention cores and linears); none of them
             may be left in a step that reuses the site.
@@ -57,11 +59,13 @@ class Site:
     kind: SiteKind
     values: tuple[SiteValue, ...]
     module: str | None
-    source: str
-    cores: tuple[str, ...]
     anchors: tuple[str, ...]
     fused: bool = False
     call: int = 0
+    source: str = ""
+    reader: str | None = None
+    residual: str = ""
+    cores: tuple[str, ...] = ()
 
 
 def select_sites(

@@ -7,8 +7,11 @@ from enum import StrEnum
 
 from .spec import TensorSpec
 
-
-ORDER = -1  # in place of a value's index
+# What a site keeps beside its values, in place of a value's index.
+ORDER = -1  # (B, J, N) int64: tokens to recompute in the J partial steps that follow, best first
+AGE = -2  # (B, N) float32: partial steps since each token was recomputed
+SCORE = -3  # (B, N) float32: entropy of each token's row of the attention map
+EXTRAS = {ORDER: "order", AGE: "age", SCORE: "score"}
 
 Numbers = tuple["float | int | Numbers", ...]
 
@@ -19,9 +22,7 @@ class Slot:
 
     Attributes:
         site: name of the site.
-        value: which of the site's values (joint attention has one per stream); ORDER for the order
-            in which its tokens are to be recomputed, ``(B, J, N)``, best first, one row for each
-            of J partial steps.
+        value: which of the site's values (joint attention has one per stream), or one of EXTRAS.
         age: position among the values that the step uses, 0 = newest.
         spec: shape and dtype.
     """
@@ -34,8 +35,8 @@ class Slot:
     @property
     def name(self) -> str:
         """``blocks.3.attn#0``, with ``@1`` for the second newest value; ``blocks.3.mlp:order``."""
-        if self.value == ORDER:
-            return f"{self.site}:order"
+        if self.value in EXTRAS:
+            return f"{self.site}:{EXTRAS[self.value]}"
         return f"{self.site}#{self.value}" + (f"@{self.age}" if self.age else "")
 
 
@@ -45,6 +46,7 @@ class ConstantKind(StrEnum):
     COEFFICIENTS = "coefficients"  # (m,) float32: weights of a forecast
     TOKENS = "tokens"  # (k,) int64, 0 .. k-1: its length says how many tokens are recomputed
     AGE = "age"  # (1,) int64: how many partial steps came before this one
+    STEP = "step"  # (1,) int64: number of the step, for random scores
     COUNTS = "counts"  # (L, J) int64: tokens of L sites in the J partial steps that follow
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree
 
 from .errors import ModelError, SiteError, TraceError
 from .graph import VALUE
-from .regions import find_sites
+from .regions import find_sites, find_stack
 from .signature import CallSignature, call_arguments, make_signature
 from .site import Site
 from .spec import TensorSpec
@@ -44,6 +44,7 @@ class TracedModel:
     Attributes:
         module: flat: tensors in signature order in, a tuple of tensors out.
         sites: what can be kept between steps.
+        stack: all blocks as one site, where they form one chain.
         signature: how calls map to the graph's inputs and outputs.
         batch: the symbol that stands for the batch, or None where it is fixed.
         symbols: shape symbols with the sizes of the example inputs.
@@ -53,6 +54,7 @@ class TracedModel:
 
     module: fx.GraphModule
     sites: tuple[Site, ...]
+    stack: Site | None
     signature: CallSignature
     batch: str | None
     symbols: Mapping[str, int]
@@ -129,10 +131,12 @@ def _finish(
             expected="residual adds whose branch holds attention or two linears in series",
             found=f"{len(module.graph.nodes)} nodes, none of them such a branch",
         )
-    _mark_values(module, sites)
+    stack = find_stack(module.graph, sites)
+    _mark_values(module, sites if stack is None else (*sites, stack))
     return TracedModel(
         module=module,
         sites=sites,
+        stack=stack,
         signature=signature,
         batch=None if isinstance(first, int) else str(first),
         symbols=symbols,

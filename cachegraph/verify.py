@@ -20,8 +20,8 @@ from . import ops
 from .action import Compute, Forecast, Refresh, Reuse, makes_value, sources
 from .errors import VerifyError
 from .graph import CONSTANT, SLOT, VALUE, Stage, StepGraph, copy_module
-from .plan import order_spec
-from .slot import ORDER, Slot
+from .plan import extra_spec
+from .slot import EXTRAS, Slot
 from .spec import spec_text
 from .text import graph_text
 
@@ -121,8 +121,8 @@ def _expected_reads(step: StepGraph) -> list[tuple[str, int, int]]:
     for site, action in zip(step.sites, step.variant.row, strict=True):
         ages = range(len(sources(action)))
         expected += [(site.name, value, age) for value in range(len(site.values)) for age in ages]
-        if isinstance(action, Refresh):
-            expected.append((site.name, ORDER, 0))
+        if not isinstance(action, Compute):
+            expected += [(site.name, part, 0) for part in EXTRAS]
     return expected
 
 
@@ -159,12 +159,12 @@ def _expected_writes(step: StepGraph) -> list[Slot]:
         if written and makes_value(action)
         for i, value in enumerate(site.values)
     ]
-    orders = [
-        Slot(site.name, ORDER, 0, order_spec(site, step.order_depth))
-        for site, wanted in zip(step.sites, step.variant.orders, strict=True)
-        if wanted
+    extras = [
+        Slot(site.name, part, 0, extra_spec(site, part, step.order_depth))
+        for site, parts in zip(step.sites, step.variant.extras, strict=True)
+        for part in parts
     ]
-    return values + orders
+    return values + extras
 
 
 def _no_input_is_output(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -293,7 +293,7 @@ def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str,
     row = dict(zip((site.name for site in step.sites), step.variant.row, strict=True))
     values = {n.meta[VALUE]: n for n in traced.nodes if VALUE in n.meta}
     outputs = traced.output_node().all_input_nodes
-    written = [slot for slot in _expected_writes(step) if slot.value != ORDER]
+    written = [slot for slot in _expected_writes(step) if slot.value not in EXTRAS]
     todo = [*outputs, *(values[slot.site, slot.value] for slot in written)]
     sources = {site.name: site.source for site in step.sites}
     computed: set[str] = set()
@@ -301,7 +301,7 @@ def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str,
     while todo:
         node = todo.pop()
         key = node.meta.get(VALUE)
-        if key is not None and not isinstance(row[key[0]], Compute):
+        if key is not None and not isinstance(row.get(key[0], Compute()), Compute):
             if key not in reused and isinstance(row[key[0]], Refresh):
                 todo += _around(node, sources[key[0]])
             reused.add(key)

@@ -225,7 +225,12 @@ class _Region:
         query: Any = node.args[0]
         if self._axis(query) != _rank(query) - 2:
             raise self.refusal(node, "does not have its queries on the token axis")
-        return tuple(args), _rank(node) - 2
+        return tuple(args), self._axis(query)
+
+    def rows(self, node: fx.Node, args: list[Any]) -> tuple[Any, int]:
+        """The entropy of a query's row is the query's alone."""
+        self.attention(node, args)
+        return tuple(args), 1
 
 
 _END = 2**63 - 1
@@ -245,6 +250,7 @@ _RULES: dict[Any, Callable[[_Region, fx.Node, list[Any]], tuple[Any, int]]] = {
     aten.permute.default: _Region.permute,
     aten.unsqueeze.default: _Region.unsqueeze,
     aten.scaled_dot_product_attention.default: _Region.attention,
+    ops.row_entropy: _Region.rows,
     **dict.fromkeys(_REDUCTIONS, _Region.reduce),
 }
 

@@ -39,7 +39,7 @@ def interval(policy: TokenPolicy, at: int, steps: int) -> int:
         steps: of the trajectory.
     """
     weight = _interval_weight(policy)
-    factor = torch.tensor(1 + weight - 2 * weight * at / steps, dtype=torch.float32)
+    factor = torch.tensor(_falling(weight, at, steps), dtype=torch.float32)
     rounded = int(torch.round(policy.interval / factor))  # half to even
     sensitive = range(int(steps * 0.2), int(steps * 0.4))
     if policy.rules == "dit" and policy.fresh_ratio != 0 and at in sensitive:
@@ -68,25 +68,29 @@ def ratio(
         block: index of the site's block.
         blocks: of the model. The published code divides by 27, the last index in its model.
     """
-    time, depth = 2 * at / steps, 2 * block / max(blocks - 1, 1)
+    last = max(blocks - 1, 1)
     match policy.ratio_schedule:
         case "constant":
             return policy.fresh_ratio
         case "linear":
-            return policy.fresh_ratio * (1 + _SPREAD - _SPREAD * time)
+            return policy.fresh_ratio * _falling(_SPREAD, at, steps)
         case "exp":
             return policy.fresh_ratio * (_SPREAD ** (at / steps))
         case "linear-mode":
             mode = (at % policy.interval) / policy.interval - 0.5
-            return policy.fresh_ratio * (1 + _SPREAD - _SPREAD * time + _MODE * mode)
+            return policy.fresh_ratio * (_falling(_SPREAD, at, steps) + _MODE * mode)
         case "layerwise":
-            return policy.fresh_ratio * (1 + _SPREAD - _SPREAD * depth)
-    step_weight, block_weight, kind_weight = _WEIGHTS[policy.rules, policy.ratio_schedule]
-    step_factor = 1 + step_weight - step_weight * time
-    block_factor = 1 + block_weight - block_weight * depth
-    cross = kind == SiteKind.CROSS_ATTN
-    kind_factor = 1 + (_MLP_SHARE - 1 if cross else _MLP_SHARE) * kind_weight
+            return policy.fresh_ratio * _falling(_SPREAD, block, last)
+    by_step, by_block, by_kind = _WEIGHTS[policy.rules, policy.ratio_schedule]
+    block_factor, step_factor = _falling(by_block, block, last), _falling(by_step, at, steps)
+    is_cross = kind == SiteKind.CROSS_ATTN
+    kind_factor = 1 - (1 - _MLP_SHARE) * by_kind if is_cross else 1 + _MLP_SHARE * by_kind
     return policy.fresh_ratio * block_factor * step_factor * kind_factor
+
+
+def _falling(weight: float, at: int, end: int) -> float:
+    """From ``1 + weight`` at 0 to ``1 - weight`` at ``end``."""
+    return 1 + weight - 2 * weight * at / end
 
 
 def token_count(share: float, tokens: int) -> int:
