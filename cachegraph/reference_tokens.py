@@ -56,7 +56,9 @@ class TokenChoice:
         if site.cores:
             self._update_scores(site, None)
 
-    def refreshed(self, site: Site, action: Refresh, step: int, kept: Tensor, all_fresh: Tensor) -> Tensor:
+    def refreshed(
+        self, site: Site, action: Refresh, step: int, kept: Tensor, all_fresh: Tensor
+    ) -> Tensor:
         """The kept value with the chosen tokens replaced.
 
         Args:
@@ -106,7 +108,9 @@ class TokenChoice:
             case Score.RANDOM:
                 seed = self.selection.seed + 1000 * self.plan.sites.index(site)
                 token = torch.arange(1, age.shape[-1] + 1, dtype=torch.float32)
-                return ((token * 12.9898 + (step + seed) * 78.233).sin() * 43758.5453 % 1).expand_as(age)
+                return (
+                    (token * 12.9898 + (step + seed) * 78.233).sin() * 43758.5453 % 1
+                ).expand_as(age)
         owner = scorer(self.plan.sites, self.plan.sites.index(site), self.selection)
         if owner is None:
             raise SiteError(f"no attention scores the tokens of {site.name}")
@@ -124,7 +128,11 @@ class TokenChoice:
         query, key, value, mask, scale = self.captured[site.name]
         products = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
         if mask is not None:
-            products = products.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else products + mask
+            products = (
+                products.masked_fill(~mask, -torch.inf)
+                if mask.dtype == torch.bool
+                else products + mask
+            )
         probabilities = products.float().softmax(-1).mean(1)  # (B, N, M)
         match self.selection.score:
             case Score.ATTENTION:

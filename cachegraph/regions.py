@@ -7,6 +7,7 @@ never seen before works as well as a known one.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -429,11 +430,16 @@ def _output_module(value: fx.Node) -> str | None:
 
 
 def _with_unique_names(sites: tuple[Site, ...]) -> tuple[Site, ...]:
-    """Number the calls of a module that is called for several streams: ``ff``, ``ff@1``."""
-    calls: dict[str, int] = {}
+    """Number sites of one name, and the calls of a module that serves several: ``ff``, ``ff@1``."""
+    names: Counter[str] = Counter()
+    calls: Counter[tuple[str | None, ...]] = Counter()
     named = []
     for site in sites:
-        call = calls.get(site.name, 0)
-        calls[site.name] = call + 1
-        named.append(replace(site, name=f"{site.name}@{call}", call=call) if call else site)
+        modules = tuple(value.module for value in site.values)
+        number, call = names[site.name], calls[modules]
+        names[site.name] += 1
+        calls[modules] += 1
+        named.append(
+            replace(site, name=f"{site.name}@{number}" if number else site.name, call=call)
+        )
     return tuple(named)

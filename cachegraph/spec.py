@@ -26,7 +26,11 @@ _SHORT = {
     torch.uint8: "u8",
     torch.bool: "b8",
 }
-_LONG = {short: dtype for dtype, short in _SHORT.items()}
+DTYPES = {  # by the name used in text
+    _SHORT.get(d, str(d).removeprefix("torch.")): d
+    for d in vars(torch).values()
+    if isinstance(d, torch.dtype)
+}
 _TEXT = re.compile(r"(\w+)\[(.*)\]")
 
 # What torch.export writes into the sizes of tensors. An artifact brings its expressions along, so
@@ -66,8 +70,7 @@ class TensorSpec:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
         """The spec of a real or fake tensor; symbolic sizes become expressions."""
-        shape = tuple(d if isinstance(d, int) else str(d) for d in tensor.shape)
-        return cls(shape, tensor.dtype)
+        return cls(tuple(map(_dim, tensor.shape)), tensor.dtype)
 
     @classmethod
     def parse(cls, text: str) -> TensorSpec:
@@ -77,10 +80,10 @@ class TensorSpec:
             ValueError: the text is not of the form ``f32[2, 16]``.
         """
         match = _TEXT.fullmatch(text)
-        if match is None or match[1] not in _LONG:
+        if match is None or match[1] not in DTYPES:
             raise ValueError(f"not a tensor spec: {text!r}")
         dims = (d.strip() for d in _split(match[2]) if d.strip())
-        return cls(tuple(int(d) if d.lstrip("-").isdigit() else d for d in dims), _LONG[match[1]])
+        return cls(tuple(map(_dim, dims)), DTYPES[match[1]])
 
     def __str__(self) -> str:
         """Such as ``f32[s0, 256, 1152]``."""
@@ -104,6 +107,12 @@ class TensorSpec:
             if isinstance(dim, str):
                 found |= set(re.findall(r"[A-Za-z_]\w*\b(?!\()", dim))
         return found
+
+
+def _dim(size: object) -> Dim:
+    """A size as a number where it is one; torch may know a symbol's value and keep the symbol."""
+    text = str(size)
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _from_text(value: object) -> TensorSpec:

@@ -121,7 +121,7 @@ class Tracking:
         if following >= self.steps:
             return "step 0: the trajectory is complete"
         at = f" (timestep {self.timesteps[following]:g})" if self.timesteps else ""
-        return f"step {following}{at}, or step 0 for a new trajectory"
+        return f"step {following}{at}" + (", or step 0 for a new trajectory" if following else "")
 
 
 @dataclass(frozen=True)

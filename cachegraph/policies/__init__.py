@@ -21,8 +21,8 @@ from cachegraph.schedule_policies import (
 )
 from cachegraph.schedule_tokens import DucaPolicy, TokenPolicy
 from cachegraph.selection import Selection
-from cachegraph.trace import TracedModel
 from cachegraph.site import Site, SiteKind, select_sites
+from cachegraph.trace import TracedModel
 
 from . import correction, fora, router, smoothcache, table, taylorseer, toca
 
@@ -81,7 +81,7 @@ def make_selection(schedule: Schedule, sites: Sequence[Site]) -> Selection | Non
         PlanError: the policy's choice does not fit the model.
     """
     policy = schedule.policy
-    if not isinstance(policy, TokenPolicy):
+    if not isinstance(policy, TokenPolicy) or not policy.fresh_ratio:
         return None
     return toca.selection(schedule, policy, sites, _chosen(schedule, sites))
 

@@ -62,7 +62,7 @@ def rows(
     """
     types = step_types(policy, schedule.steps)
     choice, counts = None, dict[str, int]()
-    if any(StepType.PARTIAL in pair for pair in types):
+    if policy.fresh_ratio and any(StepType.PARTIAL in pair for pair in types):
         choice = selection(schedule, policy, sites, chosen)
         tokens = choice.grid[0] * choice.grid[1]
         counts = {site.name: tokens for site in _refreshed(policy, sites, chosen)}

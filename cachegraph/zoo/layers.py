@@ -174,9 +174,7 @@ def guide(out: Tensor, in_channels: int, cfg_scale: float) -> Tensor:
     return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
 
 
-def arch_name(
-    family: str, sizes: Mapping[str, ModelSize], size: ModelSize, patch_size: int
-) -> str:
+def arch_name(family: str, sizes: Mapping[str, ModelSize], size: ModelSize, patch_size: int) -> str:
     """``DiT-XL/2`` for a published size, else ``DiT custom``."""
     letter = next((letter for letter, known in sizes.items() if known == size), None)
     return f"{family} custom" if letter is None else f"{family}-{letter}/{patch_size}"

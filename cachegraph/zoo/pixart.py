@@ -309,7 +309,8 @@ class PixArt(nn.Module):
 def _attended(mask: Tensor, text: Tensor) -> Tensor:
     """``(B, L)`` as a bool ``(B, 1, 1, L)``, its rows repeated where there are fewer than B."""
     batch, tokens, _ = text.shape
-    if mask.ndim != 2 or mask.shape[1] != tokens or batch % mask.shape[0]:
+    fits = mask.ndim == 2 and mask.shape[1] == tokens and mask.shape[0] > 0
+    if not fits or batch % mask.shape[0]:
         raise ModelError(
             "mask of the text has the wrong shape",
             expected=f"({batch}, {tokens}), or a divisor of {batch} rows",

@@ -25,9 +25,8 @@ def load_model(
 
     All sizes are read from the shapes, except the number of attention heads, which leaves no
     trace in them. It is, in this order: what ``arch`` says, the metadata key ``num_heads`` of a
-    ``.safetensors`` file, the published number for the widths of DiT-S, B, L and XL (6, 12, 16,
-    16) and of PixArt-XL (16). Any other width without either is refused, for a guess would give
-    wrong images.
+    ``.safetensors`` file, the published number for the widths of DiT-S, B, L and XL and PixArt-XL.
+    Any other width without either is refused, for a guess would give wrong images.
 
     Args:
         path: ``.pt``, ``.pth`` or ``.safetensors`` file with a state dict, plain or under the
