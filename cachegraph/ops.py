@@ -202,7 +202,7 @@ def row_entropy(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | 
 
 
 def entropy_score(entropy: Tensor) -> Tensor:
-    """Scores ``(B, N)`` from both halves' entropies, the same for both; high entropy, high score."""
+    """Scores ``(B, N)`` from both halves' entropies: the same for both, high where they are."""
     tokens = entropy.shape[-1]
     total = 1 + entropy.reshape(2, -1, tokens).sum(dim=0)
     return torch.nn.functional.normalize(total, dim=-1).repeat(2, 1)
@@ -223,7 +223,7 @@ def norm_score(stream: Tensor) -> Tensor:
 def random_score(age: Tensor, step: Tensor, seed: int) -> Tensor:
     """Scores like ``age``, ``(B, N)``: noise in [0, 1) from token, step and seed alone.
 
-    The usual sine hash, so that no random state is involved and both halves of a batch choose alike.
+    The usual sine hash: no random state is involved, and both halves of a batch choose alike.
     """
     token = torch.arange(1, age.shape[-1] + 1, device=age.device, dtype=torch.float32)
     wave = torch.sin(token * 12.9898 + (step + seed) * 78.233) * 43758.5453

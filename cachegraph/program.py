@@ -146,8 +146,10 @@ def _step(plan: Plan, graph: StepGraph, layout: VariantLayout, step: int) -> Ste
     for slot in graph.read_slots():
         site = index[slot.site]
         action = plan.rows[step][site]
-        foreseen = slot.value == ORDER and isinstance(action, Refresh)
-        made = action.scored if foreseen else sources(action)[slot.age]
+        if slot.value == ORDER and isinstance(action, Refresh):
+            made = action.scored
+        else:
+            made = sources(action)[slot.age]
         slots.append((site, slot.value, made))
     constants = [n.meta[CONSTANT].values[step] for n in graph.inputs if CONSTANT in n.meta]
     return Step(

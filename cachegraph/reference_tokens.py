@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .action import Action, Compute, Refresh, Reuse, Row
+from .action import Refresh, Reuse, Row
 from .errors import SiteError
 from .plan import Plan, scorer
 from .selection import Score, Selection
@@ -32,6 +32,7 @@ class TokenChoice:
         self.plan, self.selection = plan, selection
         self.scores: dict[str, Tensor] = {}  # attention site -> scores (B, N) of its tokens
         self.ages: dict[str, Tensor] = {}  # site -> partial steps since each token was recomputed
+        self._counted: dict[str, int] = {}  # site -> partial steps that its ages account for
         self.streams: dict[str, Tensor] = {}
         self.captured: dict[str, tuple[Tensor, ...]] = {}
 
@@ -79,14 +80,10 @@ class TokenChoice:
             result[sample, best[sample]] = all_fresh[sample, best[sample]]
             age[sample, best[sample]] = 0
         self.ages[site.name] = age
-        self._age_step[site.name] = action.age + 1
+        self._counted[site.name] = action.age + 1
         if site.cores:
             self._update_scores(site, best)
         return result
-
-    @property
-    def _age_step(self) -> dict[str, int]:
-        return self.__dict__.setdefault("_age_steps", {})
 
     def _age(
         self, site: Site, action: Refresh, batch: int, tokens: int, device: torch.device
@@ -94,7 +91,7 @@ class TokenChoice:
         """Ages now: steps that recomputed no token have passed without a call."""
         if site.name not in self.ages:
             return torch.full((batch, tokens), float(action.age), device=device)
-        return self.ages[site.name] + (action.age - self._age_step[site.name])
+        return self.ages[site.name] + (action.age - self._counted[site.name])
 
     def _score(self, site: Site, step: int, kept: Tensor, age: Tensor) -> Tensor:
         match self.selection.score:

@@ -65,7 +65,7 @@ def variant_line(variant: Variant, sites: Sequence[Site]) -> str:
 
 
 def action_word(action: Action) -> str:
-    """``compute``, ``reuse``, ``forecast(2)`` or ``refresh``; how many tokens is a step constant."""
+    """``compute``, ``reuse``, ``forecast(2)`` or ``refresh`` (of how many is a step constant)."""
     match action:
         case Compute():
             return "compute"

@@ -317,7 +317,7 @@ def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str,
 def _around(value: fx.Node, source: str) -> list[fx.Node]:
     """What the region between a site's source and its value takes from outside of it."""
     inside, outside, queue = {value}, [], [value]
-    carries = {}  # node -> whether the source is behind it
+    carries: dict[fx.Node, bool] = {}  # node -> whether the source is behind it
     for node in value.graph.nodes:
         carries[node] = node.name == source or any(carries[a] for a in node.all_input_nodes)
     while queue:

@@ -273,7 +273,7 @@ def _constant_example(constant: StepConstant, like: Any) -> torch.Tensor:
     dtype = torch.float32 if floating else torch.int64
     example = torch.tensor(next(iter(constant.values.values())), dtype=dtype)
     varies = DimDynamic.DYNAMIC if constant.kind is ConstantKind.TOKENS else DimDynamic.STATIC
-    context = StatelessSymbolicContext(dynamic_sizes=[varies] * example.ndim)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[varies] * example.ndim)
     fake = like.fake_mode.from_tensor(example, symbolic_context=context)
     with like.fake_mode:
         return fake.to(like.device)
