@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from .plan import Variant
 from .selection import Selection
 from .site import Site
 from .slot import Slot
+from .variant import Variant
 
 # Keys in ``node.meta``.
 SLOT = "cachegraph_slot"  # Slot of a placeholder or of a write

@@ -12,9 +12,10 @@ from torch import Tensor
 from .errors import VerifyError
 from .graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
 from .passes import PIPELINE
-from .plan import Plan, Variant
+from .plan import Plan
 from .text import digest, graph_text
 from .trace import TracedModel
+from .variant import Variant
 from .verify import Given, evaluate, verify
 
 

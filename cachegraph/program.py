@@ -9,7 +9,7 @@ from typing import Any
 from .action import Refresh, Row, sources
 from .cost import PlanCost
 from .graph import CONSTANT, StepGraph
-from .plan import VALUES, Plan, make_plan
+from .plan import Plan, make_plan
 from .schedule import Schedule
 from .selection import Selection
 from .signature import CallSignature
@@ -17,6 +17,7 @@ from .site import Site
 from .slot import ORDER
 from .spec import SpecText, TensorSpec
 from .trace import TracedModel
+from .variant import VALUES
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from torch.utils import _pytree
 
 from .action import Action, Compute, Forecast, Refresh, Reuse, makes_value
 from .errors import SiteError
-from .plan import VALUES, Plan
+from .plan import Plan
 from .policies import plan_of
 from .reference_tokens import TokenChoice
 from .schedule import Schedule, load_schedule
 from .site import Site
 from .trace import TracedModel, trace
 from .tracking import Position, Tracking, make_tracking
+from .variant import VALUES
 
 Values = dict[tuple[str, int], list[Tensor]]  # (site, step that made it) -> its values
 

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from .action import Refresh, Reuse, Row
 from .errors import SiteError
-from .plan import Plan, scorer
+from .plan import Plan
 from .selection import Score, Selection
 from .site import Site
+from .variant import scorer
 
 
 class TokenChoice:

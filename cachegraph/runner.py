@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SessionError
-from .plan import VALUES
 from .program import Program
 from .spec import TensorSpec, evaluate
 from .tracking import Position, Track, Tracking, make_tracking
+from .variant import VALUES
 
 StepFunction = Callable[..., Sequence[Tensor]]  # a compiled variant
 

@@ -13,10 +13,10 @@ from . import ops
 from .action import Compute, Refresh
 from .errors import SiteError
 from .graph import ORIGIN, Origin, StepGraph
-from .plan import scorer
 from .selection import Score, Selection
 from .site import Site
 from .slot import AGE, ORDER, SCORE, ConstantKind
+from .variant import scorer
 
 Constants = Mapping[tuple[ConstantKind, str], fx.Node]  # (kind, site) -> input
 Extra = tuple[Site, int, fx.Node]  # (site, one of EXTRAS, node to hand out)

@@ -17,9 +17,9 @@ from torch import fx
 from .action import Action, Compute, Forecast, Refresh, Reuse
 from .graph import CONSTANT, ORIGIN, SLOT, StepGraph
 from .ops import CACHE_OPS
-from .plan import Variant
 from .site import Site
 from .spec import short_dtype, spec_text
+from .variant import Variant
 
 _WIDTH = 72  # column at which specs begin
 _END = 2**63 - 1  # what a slice to the end is exported as

@@ -20,10 +20,10 @@ from . import ops
 from .action import Compute, Forecast, Refresh, Reuse, makes_value, sources
 from .errors import VerifyError
 from .graph import CONSTANT, SLOT, VALUE, Stage, StepGraph, copy_module
-from .plan import extra_spec
 from .slot import EXTRAS, Slot
 from .spec import spec_text
 from .text import graph_text
+from .variant import extra_spec
 
 Broken = tuple[str, str, str]  # what, site, node
 _INLINE_CONSTANT_BYTES = 64 * 1024

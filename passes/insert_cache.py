@@ -13,10 +13,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from cachegraph import ops
 from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse, makes_value, sources
 from cachegraph.graph import CONSTANT, ORIGIN, SLOT, Origin, Stage, StepGraph
-from cachegraph.plan import extra_spec, scorer
 from cachegraph.selection_graph import Chooser, Constants, needs_entropy
 from cachegraph.site import Site
 from cachegraph.slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Slot, StepConstant
+from cachegraph.variant import extra_spec, scorer
 
 
 @dataclass(frozen=True)
