@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .graph import CONSTANT, StepGraph
 from .plan import Plan
@@ -109,7 +109,8 @@ def count_flops(
     env: dict[fx.Node, Any] = {}
     fixed, before = 0, 0
     per_token = dict.fromkeys(token_symbols, 0)
-    with mode, FlopCounterMode(display=False) as counter, torch.no_grad(), _quiet():
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with mode, counter, torch.no_grad(), _quiet():
         for node in module.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 env[node] = _empty(node, sizes)
@@ -147,6 +148,16 @@ def _token_symbols(step: StepGraph) -> list[str]:
 
 def _tokens(graph: StepGraph, step: int) -> dict[str, int]:
     return {symbol: len(constant.values[step]) for symbol, constant in _token_inputs(graph)}
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch counts the attention kernels of GPUs only, so a trace on the CPU would seem cheaper.
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def _empty(node: fx.Node, symbols: Mapping[str, int]) -> Any:

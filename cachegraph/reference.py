@@ -221,17 +221,14 @@ def _learner(
 ) -> Callable[..., None]:
     """Find the site's values in what its module returns, by identity.
 
-    A module that is called more than once cannot be replaced as a whole.
+    A module that is called once more returns something else then, so it is not replaced as a whole.
     """
-    calls = 0
 
     def learn(_module: nn.Module, _args: Any, output: Any) -> None:
-        nonlocal calls
-        calls += 1
         templates.pop(name, None)
         leaves, spec = _pytree.tree_flatten(output)
         places = [next((i for i, v in enumerate(seen) if v is leaf), -1) for leaf in leaves]
-        if calls == 1 and sorted(places) == list(range(len(seen))):
+        if sorted(places) == list(range(len(seen))):
             templates[name] = (places, spec)
 
     return learn

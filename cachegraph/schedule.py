@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from .errors import ScheduleError, nearest
+from .schedule_calibration import CalibrationData
 from .schedule_policies import FullPolicy, GOCCorrection, Policy, Section, TaylorSeerPolicy
 from .schedule_problems import Problem, describe, one_of, refuse, to_schedule_error
 from .yaml_lines import Source, read_yaml, write_yaml
@@ -71,6 +72,7 @@ class Schedule(Section):
         timesteps: the sampler's, one a step in the order of the calls, or None.
         order: whether timesteps fall or rise along a trajectory.
         max_variants: the most graphs the plan may need, or None for any number.
+        calibration: what the schedule was made from, or None; it changes nothing.
     """
 
     cachegraph: int = Field(
@@ -93,6 +95,9 @@ class Schedule(Section):
     )
     max_variants: int | None = Field(default=None, ge=1, description="a whole number, at least 1")
     correction: GOCCorrection | None = Field(default=None, description="a mapping with a method")
+    calibration: CalibrationData | None = Field(
+        default=None, description="a mapping with trajectories and errors"
+    )
     _source: Source = PrivateAttr(default_factory=Source)
 
     @model_validator(mode="after")
@@ -101,7 +106,13 @@ class Schedule(Section):
         sites = (_under("sites", one) for one in self.sites.problems())
         refuse(
             "Schedule",
-            [*policy, *self._correction_problems(), *sites, *self._timestep_problems()],
+            [
+                *policy,
+                *self._correction_problems(),
+                *sites,
+                *self._timestep_problems(),
+                *self._calibration_problems(),
+            ],
         )
         return self
 
@@ -141,6 +152,11 @@ class Schedule(Section):
                 )
                 return
 
+    def _calibration_problems(self) -> Iterator[Problem]:
+        if self.calibration is not None:
+            problems = self.calibration.problems(self.steps)
+            yield from (_under("calibration", one) for one in problems)
+
     def where(self, *path: str | int) -> str:
         """Where a key stands, for messages: ``path.yaml:17``, or ``schedule: policy.rows[3]``.
 
@@ -161,15 +177,19 @@ class Schedule(Section):
             ScheduleError: no such file.
         """
         beside = Path(self._source.file).parent if self._source.file else Path()
-        places = [Path(name)] if Path(name).is_absolute() else [beside / name, Path(name)]
+        places = [beside / name, Path(name)]  # an absolute path stays what it is
         for place in places:
-            if place.is_file():
+            if os.path.isfile(place):  # unlike Path.is_file, it takes any name
                 return place
+        is_preset = beside.resolve() == _PRESETS.resolve()
         raise ScheduleError(
             f"no file {name!r}",
             place=self.where(*path),
-            expected=" or ".join(dict.fromkeys(map(str, places))),
-            remedy="put the published file there, or give its path",
+            expected=" or ".join(dict.fromkeys(map(str, places[is_preset:]))),
+            remedy="presets come without the files of others: the comment on top of this one says "
+            "where the file is published; put it into the current folder"
+            if is_preset
+            else "put the published file there, or give its path",
         )
 
     def digest(self) -> str:

@@ -7,11 +7,12 @@ its steps do at each site is worked out elsewhere, from the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat
+from pydantic import BeforeValidator, Field, FiniteFloat, PlainSerializer
 
 from .errors import nearest
 from .schedule_problems import Problem, describe, refuse
@@ -135,8 +136,9 @@ class TablePolicy(PolicySection):
 class RouterPolicy(PolicySection):
     """A learned mask of attn and mlp per block and step (Learning-to-Cache, HarmoniCa).
 
-    With ``semantics: l2c`` every second step, the first among them, is computed as a whole; with
-    ``harmonica`` the mask rules every step.
+    With ``semantics: l2c`` every second step, the first among them, is computed as a whole, and
+    so it is with ``uvit``, where router i belongs to step 2 i. With ``harmonica`` the mask rules
+    every step but the first.
     """
 
     method: Literal["router"]
@@ -144,33 +146,101 @@ class RouterPolicy(PolicySection):
     threshold: FiniteFloat = Field(
         default=0.1, ge=0, le=1, description="a number from 0 to 1: what scores above it is run"
     )
-    semantics: Literal["l2c", "harmonica"] = Field(
-        default="l2c", description="one of harmonica, l2c"
+    semantics: Literal["l2c", "harmonica", "uvit"] = Field(
+        default="l2c", description="one of harmonica, l2c, uvit"
     )
 
     def problems(self, steps: int) -> Iterator[Problem]:
-        """An odd number of steps: l2c masks every second one and ends with a masked one."""
-        if self.semantics == "l2c" and steps % 2:
-            what = "'semantics: l2c' with an odd number of steps"
-            remedy = "l2c masks every second step; did you mean 'semantics: harmonica'?"
+        """An odd number of steps: l2c and uvit pair a step of the mask with a whole one."""
+        if self.semantics != "harmonica" and steps % 2:
+            what = f"'semantics: {self.semantics}' with an odd number of steps"
+            remedy = "it masks every second step; did you mean 'semantics: harmonica'?"
             yield Problem(("semantics",), what, "an even number of steps", f"{steps}", remedy)
 
 
+ListPairs = tuple[tuple[str, tuple[int, ...]], ...]  # a mapping that can be hashed
+
+
+def _check_lists(lists: object) -> ListPairs | None:
+    """The lists by key if each holds 0 and 1 only; their lengths come later."""
+    if lists is None:
+        return None
+    if not isinstance(lists, Mapping):
+        expected = "a mapping of keys such as attn, mlp or attn-3 to lists of 0 and 1"
+        refuse("lists", [Problem((), "'lists' has the wrong type", expected, describe(lists))])
+        return None
+    refuse("lists", list_problems(lists))
+    return tuple((key, tuple(rule)) for key, rule in lists.items())
+
+
+def list_problems(lists: Mapping[str, object], steps: int | None = None) -> Iterator[Problem]:
+    """What is wrong with SmoothCache lists.
+
+    Args:
+        lists: key -> 0 (reuse) or 1 (compute) for each step.
+        steps: of the schedule; None to look at the types only.
+    """
+    if not lists:
+        yield Problem((), "there are no lists", "such as {attn: [1, 0, 1], mlp: [1, 0, 1]}")
+    for key, rule in lists.items():
+        if not isinstance(rule, list | tuple):
+            what = f"{key!r} is no list"
+            yield Problem((key,), what, "a list of 0 (reuse) and 1 (compute)", describe(rule))
+        elif wrong := [n for n in rule if type(n) is not int or n not in (0, 1)]:
+            what = f"the list of {key!r} holds something else than 0 and 1"
+            yield Problem((key,), what, "0 (reuse) or 1 (compute)", describe(wrong[0]))
+        elif steps is None:
+            continue
+        elif len(rule) != steps:
+            what, remedy = f"the list of {key!r} has the wrong length", f"set steps: {len(rule)}"
+            yield Problem(
+                (key,), what, f"{steps} numbers, one a step", str(len(rule)), remedy if rule else ""
+            )
+        elif rule[0] == 0:
+            what = f"the list of {key!r} reuses at step 0: {_NOTHING_YET}"
+            yield Problem((key,), what, "1 as the first number", "0", "let it begin with 1")
+
+
 class SmoothCachePolicy(PolicySection):
-    """Steps to compute as published SmoothCache files list them, per component or block."""
+    """Steps to compute as SmoothCache lists them, per component or block.
+
+    The lists are in a file as published, or in the schedule itself.
+    """
 
     method: Literal["smoothcache"]
-    file: str = Field(min_length=1, description="the path of a SmoothCache JSON file")
+    file: str | None = Field(
+        default=None, min_length=1, description="the path of a SmoothCache JSON file"
+    )
+    lists: Annotated[
+        ListPairs | None,
+        BeforeValidator(_check_lists),
+        PlainSerializer(lambda lists: None if lists is None else dict(lists)),
+    ] = Field(default=None, description="a mapping of keys to lists of 0 and 1")
+
+    def problems(self, steps: int) -> Iterator[Problem]:
+        """Not exactly one of file and lists, or lists that do not fit the steps."""
+        if self.file is not None and self.lists is not None:
+            what = "both 'file' and 'lists' in smoothcache policy"
+            yield Problem(("lists",), what, "one of the two")
+        elif self.lists is not None:
+            for problem in list_problems(dict(self.lists), steps):
+                yield replace(problem, path=("lists", *problem.path))
+        elif self.file is None:
+            what = "neither 'file' nor 'lists' in smoothcache policy"
+            yield Problem((), what, "one of the two")
 
 
 class TaylorSeerPolicy(PolicySection):
     """Forecast skipped steps from finite differences of computed ones (Shenyi-Z/TaylorSeer).
 
-    The first ``warmup`` steps are computed, then every ``interval``-th.
+    The first ``warmup`` steps are computed, then every ``interval``-th. Of the warmup only the last
+    step begins a history, as in the published code.
     """
 
     method: Literal["taylorseer"]
-    interval: int = Field(ge=1, description="a whole number, at least 1")
+    interval: int = Field(
+        ge=1, description="a whole number, at least 1: one step in so many is computed"
+    )
     order: int = Field(
         default=4, ge=0, le=8, description="a whole number from 0 to 8: highest derivative"
     )
@@ -185,10 +255,12 @@ class TaylorSeerPolicy(PolicySection):
             yield Problem(("warmup",), what, f"at most {steps} steps", f"{self.warmup}")
             return
         computed = self.warmup + (steps - self.warmup) // self.interval
-        if self.order + 1 > computed:
+        most = computed - max(self.warmup - 1, 1)  # the warmup takes differences in its last step
+        if self.order > max(most, 0):
             what = "the history is deeper than the trajectory"
-            expected = f"an order of at most {computed - 1}: {computed} steps are computed"
-            yield Problem(("order",), what, expected, f"{self.order}")
+            expected = f"an order of at most {max(most, 0)}: {computed} steps are computed"
+            remedy = "lower 'order' or 'interval'"
+            yield Problem(("order",), what, expected, f"{self.order}", remedy)
 
 
 class GOCCorrection(Section):
@@ -215,7 +287,8 @@ class GOCCorrection(Section):
                 yield Problem(("steps", at), f"{name} is out of range", expected, f"{step}")
             elif step < 2:
                 what = f"step {step} cannot be corrected: it has no two steps before it"
-                yield Problem(("steps", at), what, "step 2 or later", f"{step}")
+                remedy = "take it out of 'steps'"
+                yield Problem(("steps", at), what, "step 2 or later", f"{step}", remedy)
             elif at and step <= self.steps[at - 1]:
                 what = f"{name} is out of order"
                 yield Problem(("steps", at), what, f"a step after {self.steps[at - 1]}", f"{step}")

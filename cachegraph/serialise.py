@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ArtifactError
-from .spec import short_dtype, spec_text
+from .spec import DTYPES, short_dtype, spec_text
 
-_DTYPES = {short_dtype(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 _MEMORY = {
     str(m): m
     for m in (
@@ -90,7 +89,7 @@ def _add_node(
     target = entry["target"]
     match entry["op"]:
         case "output":
-            graph.output(args[0])
+            graph.output(tuple(args[0]))
             return
         case "call_function":
             target = _function(target)
@@ -209,7 +208,7 @@ def _value_from_json(value: Any, made: Mapping[str, fx.Node], device: torch.devi
         case {"float": text}:
             return float(text)
         case {"dtype": name}:
-            return _DTYPES[name]
+            return DTYPES[name]
         case {"device": _}:
             return device
         case {"memory_format": name}:

@@ -24,16 +24,21 @@ class Variant:
         steps: the steps that run it.
         row: the row of its first step; the structure is the same in all of them.
         writes: per site, whether the graph hands out the site's values to be kept.
-        extras: per site, which of EXTRAS the graph hands out beside the values.
         constants: inputs that differ from step to step.
+        extras: per site, which of EXTRAS the graph hands out beside the values.
     """
 
     name: str
     steps: tuple[int, ...]
     row: Row
     writes: tuple[bool, ...]
-    extras: tuple[tuple[int, ...], ...]
     constants: tuple[StepConstant, ...]
+    extras: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """No extras at all stands for none at any site."""
+        if not self.extras:
+            object.__setattr__(self, "extras", ((),) * len(self.row))
 
 
 VALUES = 0  # the part of a site's memory that its values are
@@ -118,7 +123,7 @@ def make_variant(
         *_step_constant(steps, sites, rows, selection),
         *_count_constants(steps, sites, rows, [ORDER in found for found in extras]),
     )
-    return Variant(name, tuple(steps), rows[steps[0]], writes, extras, constants)
+    return Variant(name, tuple(steps), rows[steps[0]], writes, constants, extras)
 
 
 def _forecast_constants(

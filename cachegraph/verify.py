@@ -10,14 +10,14 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from . import ops
-from .action import Compute, Forecast, Refresh, Reuse, makes_value, sources
+from .action import Compute, Forecast, Refresh, Reuse, sources
 from .errors import VerifyError
 from .graph import CONSTANT, SLOT, VALUE, Stage, StepGraph, copy_module
 from .slot import EXTRAS, Slot
@@ -41,10 +41,13 @@ class Given:
     Attributes:
         traced: the model's graph, before any pass.
         weights: name -> tensor of everything that a graph may use by name.
+        checked: calls whose recorded value was recomputed already, with the values that they are
+            told apart by; passes and variants share most of their nodes.
     """
 
     traced: fx.Graph
     weights: Mapping[str, Tensor]
+    checked: dict[tuple[object, ...], tuple[object, ...]] = field(default_factory=dict)
 
 
 def verify(step: StepGraph, given: Given, pass_name: str) -> None:
@@ -153,10 +156,8 @@ def _outputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
 def _expected_writes(step: StepGraph) -> list[Slot]:
     values = [
         Slot(site.name, i, 0, value.spec)
-        for site, action, written in zip(
-            step.sites, step.variant.row, step.variant.writes, strict=True
-        )
-        if written and makes_value(action)
+        for site, written in zip(step.sites, step.variant.writes, strict=True)
+        if written
         for i, value in enumerate(site.values)
     ]
     extras = [
@@ -177,8 +178,16 @@ def _no_input_is_output(step: StepGraph, given: Given) -> Iterator[Broken]:
 def _shapes_recompute(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Every node has a recorded value, and its operation on its inputs' values gives the same."""
     for node in step.graph.nodes:
-        if node.op != "output" and (problem := _recompute(node)):
+        if node.op == "output":
+            continue
+        values = tuple(n.meta.get("val") for n in (node, *node.all_input_nodes))
+        call = fx.node.map_arg((node.args, node.kwargs), lambda n: (id(n.meta.get("val")),))
+        key = (node.op, node.target, id(values[0]), repr(call))
+        if key in given.checked:
+            continue
+        if problem := _recompute(node):
             yield problem, "", node.name
+        given.checked[key] = values  # kept alive, so that no other value gets its id
 
 
 def _recompute(node: fx.Node) -> str:

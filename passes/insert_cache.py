@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from cachegraph import ops
-from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse, makes_value, sources
+from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse, sources
 from cachegraph.graph import CONSTANT, ORIGIN, SLOT, Origin, Stage, StepGraph
 from cachegraph.selection_graph import Chooser, Constants, needs_entropy
 from cachegraph.site import Site
@@ -93,7 +93,7 @@ class _Insertion:
             else:
                 kept = self._reuse(site, index, action, value)
             rewrites += not isinstance(action, Compute)
-            if step.variant.writes[at] and makes_value(action):
+            if step.variant.writes[at]:
                 slot = Slot(site.name, index, 0, site.values[index].spec)
                 self.writes[at, index] = kept, slot
         if self.chooser is not None:

@@ -58,7 +58,8 @@ class Lower:
 def _traced(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Trace the operation's own definition and put what it does into the graph."""
     tensors = node.all_input_nodes
-    values = [t.meta["val"] for t in tensors]
+    # Tracing tells values apart by identity, and two inputs may share one recorded value.
+    values = [t.meta["val"].detach() for t in tensors]
     function: Any = node.target
 
     def call(*given: torch.Tensor) -> torch.Tensor:

@@ -163,6 +163,7 @@ class Training:
             "trained": "tools/train_digits.py on sklearn.datasets.load_digits, 16x16, noise "
             "prediction, linear betas 1e-4..2e-2, 1000 timesteps, averaged weights",
             "steps": str(self.step),
+            "planned_steps": str(s.steps),  # the learning rate falls over these
             "batch": str(s.batch),
             "seed": str(s.seed),
             "loss": f"{loss:.5f}",

@@ -6,6 +6,7 @@ steps used, computed, reused or corrected alike; a corrected value is kept in it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse, Row
@@ -13,6 +14,8 @@ from cachegraph.errors import PlanError
 from cachegraph.schedule import Schedule
 from cachegraph.schedule_policies import GOCCorrection
 from cachegraph.site import Site, SiteKind
+
+_Partners = dict[int, tuple[int, ...]]  # site -> the other attn and mlp sites of its block
 
 
 def correct(
@@ -27,26 +30,32 @@ def correct(
     Raises:
         PlanError: no step of the list reuses anything, so the correction would do nothing.
     """
-    if not any(isinstance(action, Reuse) for step in correction.steps for action in rows[step]):
+    partners = _partners(sites) if correction.both_modules else {}
+    if not any(_is_open(rows[s], i, partners) for s in correction.steps for i in range(len(sites))):
+        both = " attn and mlp of one block" if correction.both_modules else ""
         raise PlanError(
             "the correction changes nothing: none of its steps reuses a value",
             place=schedule.where("correction", "steps"),
-            expected="steps at which the policy reuses",
+            expected=f"steps at which the policy reuses{both}",
             found=", ".join(map(str, correction.steps)),
             remedy="cachegraph plan shows what each step does",
         )
-    partners = _partners(sites) if correction.both_modules else {}
     used: list[list[int]] = [[] for _ in sites]  # per site and step, the step that made the value
     corrected: list[Row] = []
     for step, row in enumerate(rows):
         wanted = step in correction.steps
         actions = list(row)
         for i, action in enumerate(row):
-            alone = any(not isinstance(row[j], Reuse) for j in partners.get(i, ()))
-            actions[i] = _action(action, used[i], correction.weight if wanted and not alone else 0)
+            weight = correction.weight if wanted and _is_open(row, i, partners) else 0
+            actions[i] = _action(action, used[i], weight)
             used[i].append(_made_at(actions[i], step))
         corrected.append(tuple(actions))
     return tuple(corrected)
+
+
+def _is_open(row: Row, index: int, partners: _Partners) -> bool:
+    """True where a site is reused and so are, with ``both_modules``, the others of its block."""
+    return all(isinstance(row[i], Reuse) for i in (index, *partners.get(index, ())))
 
 
 def _action(action: Action, used: Sequence[int], weight: float) -> Action:
@@ -66,10 +75,11 @@ def _made_at(action: Action, step: int) -> int:
             return step
 
 
-def _partners(sites: Sequence[Site]) -> dict[int, tuple[int, ...]]:
-    """Site index -> the other attention and mlp sites of its block."""
+def _partners(sites: Sequence[Site]) -> _Partners:
+    """Which sites are corrected together, or not at all."""
     blocks: dict[str, list[int]] = {}
     for i, site in enumerate(sites):
         if site.kind in (SiteKind.ATTN, SiteKind.MLP):
-            blocks.setdefault(site.name.rpartition(".")[0], []).append(i)
+            block = re.sub(r"[.:]?[^.:]+$", "", site.name)  # blocks.3.attn and blocks.3:attn
+            blocks.setdefault(block, []).append(i)
     return {i: tuple(j for j in members if j != i) for members in blocks.values() for i in members}

@@ -12,7 +12,7 @@ from cachegraph.site import Site, SiteKind, describe
 
 
 def decisions(schedule: Schedule, policy: RouterPolicy, sites: Sequence[Site]) -> list[list[bool]]:
-    """[step][site], True where the site is computed; cross-attention always is.
+    """[step][site], True where the site is computed; what is neither attn nor mlp always is.
 
     Raises:
         InputError: the file is no router and no mask.

@@ -7,12 +7,13 @@ or, for every block without one of its own, to ``component``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cachegraph.errors import PlanError, nearest
 from cachegraph.schedule import Schedule
-from cachegraph.schedule_policies import SmoothCachePolicy
+from cachegraph.schedule_policies import SmoothCachePolicy, list_problems
 from cachegraph.site import Site
 
 
@@ -25,17 +26,17 @@ def decisions(
         PlanError: the file is no SmoothCache schedule, a list does not fit the number of steps, or
             a key matches no site.
     """
-    path = schedule.file(policy.file, "policy", "file")
-    lists = _read(path, schedule.steps)
+    path = None if policy.file is None else schedule.file(policy.file, "policy", "file")
+    lists = dict(policy.lists or ()) if path is None else _read(path, schedule.steps)
     keys = [_keys(site) for site in sites]
     for key in lists:
         if not any(key in names for names in keys):
-            known = sorted({name for names in keys for name in names})
+            known = list(dict.fromkeys(name for names in keys for name in reversed(names)))
             raise PlanError(
                 f"key {key!r} matches no site",
-                place=str(path),
+                place=schedule.where("policy", "lists", key) if path is None else str(path),
                 expected=", ".join(known[:8]) + (", ..." if len(known) > 8 else ""),
-                remedy=nearest(key, known),
+                remedy=nearest(key, known) or "take it out",
             )
     chosen = [next((lists[name] for name in names if name in lists), None) for names in keys]
     return [[rule is None or rule[step] == 1 for rule in chosen] for step in range(schedule.steps)]
@@ -43,41 +44,32 @@ def decisions(
 
 def _keys(site: Site) -> tuple[str, ...]:
     """The keys that may speak of a site, in order of precedence: ``attn-3``, then ``attn``."""
-    component = site.name.rpartition(".")[2]
+    *path, component = re.split(r"[.:]", site.name)
     names = dict.fromkeys((component, str(site.kind)))
-    number = next((part for part in site.name.split(".") if part.isdigit()), None)
+    number = next((part for part in reversed(path) if part.isdigit()), None)
     by_block = tuple(f"{name}-{number}" for name in names) if number is not None else ()
     return (*by_block, *names)
 
 
-def _read(path: Path, steps: int) -> Mapping[str, list[int]]:
+def _read(path: Path, steps: int) -> Mapping[str, Sequence[int]]:
     try:
-        lists = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError("not a JSON file", place=str(path), found=str(error)) from error
-    if not isinstance(lists, dict) or not lists:
+    if not isinstance(lists, dict):
         raise PlanError(
             "not a SmoothCache schedule",
             place=str(path),
             expected="an object of lists of 0 and 1, such as {'attn': [1, 0, ...]}",
         )
-    for key, rule in lists.items():
-        if not isinstance(rule, list) or any(type(n) is not int or n not in (0, 1) for n in rule):
-            raise PlanError(
-                f"key {key!r} does not hold a list of 0 and 1",
-                place=str(path),
-                found=repr(rule)[:60],
-            )
-        if len(rule) != steps:
-            raise PlanError(
-                f"the list of {key!r} does not fit the schedule",
-                place=str(path),
-                expected=f"{steps} numbers, one a step",
-                found=str(len(rule)),
-                remedy=f"set steps: {len(rule)} in the schedule",
-            )
-        if rule[0] == 0:
-            raise PlanError(
-                f"the list of {key!r} reuses at step 0", place=str(path), expected="1 at step 0"
-            )
+    for problem in list_problems(lists, steps):
+        raise PlanError(
+            problem.what,
+            place=str(path),
+            expected=problem.expected,
+            found=problem.found,
+            remedy=problem.remedy and f"{problem.remedy} in the schedule"
+            if problem.remedy.startswith("set ")
+            else problem.remedy,
+        )
     return lists

@@ -20,14 +20,16 @@ def actions(policy: TaylorSeerPolicy, steps: int) -> list[Action]:
     """What each step does, the same at every site.
 
     The published code keeps divided differences ``F_0 .. F_order``; each is a weighted sum of
-    computed values, and so is the forecast. Only these weights are needed beforehand.
+    computed values, and so is the forecast. Only these weights are needed beforehand. Of the
+    first ``warmup`` steps only the last one takes differences.
     """
     result: list[Action] = []
     differences: list[Weights] = []
     last = 0
     for step in range(steps):
         if step < policy.warmup or (step - policy.warmup + 1) % policy.interval == 0:
-            differences = _updated(differences, step, last, policy.order)
+            order = policy.order if step >= policy.warmup - 1 else 0
+            differences = _updated(differences, step, last, order)
             last = step
             result.append(Compute())
         else:

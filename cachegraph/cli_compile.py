@@ -1,0 +1,138 @@
+"""The commands that make an artifact and check it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import (
+    ArchOption,
+    InputOption,
+    ModelArgument,
+    OutOption,
+    ScheduleOption,
+    SeedOption,
+)
+from .cli_output import progress, show
+from .errors import ArtifactError, CachegraphError, InputError
+
+
+def compile_model(
+    model: ModelArgument,
+    schedule: ScheduleOption,
+    out: OutOption = None,
+    backend: Annotated[
+        str, typer.Option(help="What runs the graphs: eager or inductor.")
+    ] = "inductor",
+    arch: ArchOption = None,
+    inputs: InputOption = None,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="Fix the batch to that of the example inputs.")
+    ] = False,
+) -> None:
+    """Compile a model's denoising loop under a schedule and write it as an artifact."""
+    from .artifact import load_artifact
+    from .backends import get_backend
+    from .compiler import compile
+    from .picture import size, summary
+    from .schedule import load_schedule
+    from .sources import open_model
+    from .trial import warm_up
+    from .view import view_artifact
+
+    asked = load_schedule(schedule)
+    get_backend(backend)  # a wrong name is told before any work
+    with progress() as say:
+        say("loading the model")
+        source = open_model(model, arch=arch, inputs=inputs or ())
+        name = Path(schedule).stem
+        target = out or Path(f"{source.name}-{name}.cgraph")
+        _refuse_overwrite(target)
+        compile(
+            source.model,
+            asked,
+            source.args,
+            source.kwargs,
+            backend=backend,
+            out=target,
+            dynamic_batch=not static_batch,
+            progress=say,
+        )
+        say("reading the artifact")
+        artifact = load_artifact(target)
+        if backend != "eager":
+            warm_up(artifact, say)
+    view = view_artifact(artifact)
+    show(summary(f"{source.name}, {name}", view.plan, view.cost, view.batch_text))
+    written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    show(f"artifact  {target}, {size(written)}, backend {backend}")
+
+
+def verify(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="What compile wrote.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODEL", show_default=False, help="The model that it was made from."),
+    ],
+    arch: ArchOption = None,
+    count: Annotated[
+        str,
+        typer.Option("--calls", metavar="N", help="Calls to compare, or all of the trajectory."),
+    ] = "all",
+    tolerance: Annotated[float, typer.Option(help="Largest relative L2 error of a call.")] = 1e-4,
+    seed: SeedOption = 0,
+) -> None:
+    """Compare an artifact with the model under plain Python hooks, on random inputs."""
+    from .artifact import load_artifact
+    from .picture import plain_table
+    from .sources import open_model
+    from .trial import compare, reference_of
+
+    with progress() as say:
+        say("reading the artifact")
+        compiled = load_artifact(artifact)
+        steps = _calls(count, len(compiled.program.steps))
+        say("loading the model")
+        source = open_model(model, arch=arch, need_inputs=False)
+        say("tracing the model")
+        reference = reference_of(compiled, source.model, seed)
+        errors = compare(compiled.runner(), reference, steps, seed, say)
+    worst = sorted(errors, key=lambda one: -one.error)
+    found = plain_table("step", "variant", "relative L2 error", right=("step", "relative L2 error"))
+    for one in worst[:5]:
+        found.add_row(str(one.step), one.variant, f"{one.error:.2e}")
+    show(f"{artifact} against {source.name}: {len(errors)} calls, seed {seed}", "")
+    if worst[0].error > 0:
+        show(found, "")
+    show(f"largest relative L2 error {worst[0].error:.2g}, tolerance {tolerance:g}")
+    if worst[0].error > tolerance:
+        raise CachegraphError(
+            "the artifact differs from the reference",
+            place=str(artifact),
+            expected=f"a relative error of at most {tolerance:g} at every call",
+            found=f"{worst[0].error:.2e} at step {worst[0].step}",
+        )
+
+
+def _refuse_overwrite(target: Path) -> None:
+    """As saving would, but before the work."""
+    if target.exists() and not (target / "manifest.json").is_file():
+        raise ArtifactError(
+            "the output exists and is no artifact",
+            place=str(target),
+            remedy="choose another path or remove it",
+        )
+
+
+def _calls(text: str, steps: int) -> int:
+    if text == "all":
+        return steps
+    if not text.isdecimal() or not 1 <= int(text) <= steps:
+        raise InputError(
+            "--calls: no such number of calls", expected=f"1 to {steps}, or all", found=text
+        )
+    return int(text)

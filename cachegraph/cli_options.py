@@ -1,0 +1,98 @@
+"""Arguments and options that several commands share, and examples for their help pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Weights of a known architecture (.pt, .pth, .safetensors), a torch.export program "
+        "(.pt2), a diffusers model folder, module:factory, or the shipped model digits. Programs "
+        "and factories run code: open only those that you trust.",
+    ),
+]
+ShapesArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="An architecture such as DiT-XL/2, or a model as for compile. No weights are needed.",
+    ),
+]
+ScheduleOption = Annotated[
+    str,
+    typer.Option(
+        *("--schedule", "-s"),
+        metavar="SCHEDULE",
+        show_default=False,
+        help="A YAML file, or a preset such as fora-n3.",
+    ),
+]
+MaybeSchedule = Annotated[
+    str | None,
+    typer.Option(
+        *("--schedule", "-s"),
+        metavar="SCHEDULE",
+        help="A YAML file, or a preset such as fora-n3. An artifact has its own.",
+    ),
+]
+ArchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ARCH",
+        help="Architecture of a weights file, where its tensors do not tell: DiT-XL/2, or "
+        "DiT(num_heads=4).",
+    ),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=SHAPE:DTYPE",
+        help="An example input, such as x=2,4,32,32:f32; once for each. The first dimension of "
+        "the first one is the batch.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        *("--out", "-o"),
+        metavar="FOLDER",
+        help="Where the artifact goes; default MODEL-SCHEDULE.cgraph in this folder.",
+    ),
+]
+SizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Height and width of the (latent) image of an architecture; default 32."
+    ),
+]
+WhatArgument = Annotated[
+    str,
+    typer.Argument(metavar="WHAT", show_default=False, help="An artifact, or a model as for plan."),
+]
+VariantOption = Annotated[
+    str | None,
+    typer.Option(metavar="VARIANT", help="Show this variant's graph with its provenance."),
+]
+DiffOption = Annotated[
+    tuple[str, str] | None,
+    typer.Option(metavar="VARIANT VARIANT", help="Show the difference of two variants."),
+]
+DotOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write a graph in DOT: of --variant, else the first."),
+]
+SitesOption = Annotated[bool, typer.Option("--sites", help="List the sites.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+def examples(*lines: str) -> str:
+    """The end of a help page."""
+    return "\n".join(["[bold]Examples[/bold]", *(f"  [cyan]{line}[/cyan]" for line in lines)])

@@ -1,0 +1,142 @@
+"""The commands that show what would be or was compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_options import (
+    ArchOption,
+    DiffOption,
+    DotOption,
+    InputOption,
+    MaybeSchedule,
+    ScheduleOption,
+    ShapesArgument,
+    SitesOption,
+    SizeOption,
+    VariantOption,
+    WhatArgument,
+)
+from .cli_output import is_artifact, progress, room, show
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .view import View
+
+
+def show_plan(
+    model: ShapesArgument,
+    schedule: ScheduleOption,
+    arch: ArchOption = None,
+    inputs: InputOption = None,
+    input_size: SizeOption = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="For FLOPs and bytes; default: that of the example inputs."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write all numbers as JSON instead.")
+    ] = False,
+) -> None:
+    """Show what would be computed at every step, and what that costs."""
+    from .picture import overview
+    from .view import plan_data
+
+    view, name = _build(model, schedule, arch, inputs, input_size, batch)
+    if as_json:
+        typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
+        return
+    heading = f"{name}, {Path(schedule).stem}"
+    show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+
+
+def inspect(
+    what: WhatArgument,
+    schedule: MaybeSchedule = None,
+    variant: VariantOption = None,
+    diff: DiffOption = None,
+    dot: DotOption = None,
+    sites: SitesOption = False,
+    arch: ArchOption = None,
+    inputs: InputOption = None,
+    input_size: SizeOption = None,
+) -> None:
+    """Look at an artifact, or at what a model would become: plan, graphs, differences, sites."""
+    from .text import difference
+    from .text import dot as graph_dot
+    from .view import sites_table
+
+    if sum((bool(diff), sites, bool(variant or dot))) > 1:
+        raise InputError("--variant with --dot, --diff and --sites exclude each other")
+    if is_artifact(what):
+        if schedule or arch or inputs or input_size:
+            raise InputError("an artifact takes no option for models", place=what)
+        view, heading = _read(what)
+    elif schedule is None:
+        raise InputError("a model needs --schedule, or give an artifact", place=what)
+    else:
+        view, name = _build(what, schedule, arch, inputs, input_size)
+        heading = f"{name}, {Path(schedule).stem}"
+    if sites:
+        show(sites_table(view.plan.sites))
+    elif diff:
+        first, second = map(view.variant, diff)
+        typer.echo(difference(view.texts[first], view.texts[second], diff), nl=False)
+    elif dot:
+        index = view.variant(variant) if variant else 0
+        dot.write_text(graph_dot(view.graphs[index]))
+        show(f"{dot}: {view.plan.variants[index].name} in DOT")
+    elif variant:
+        typer.echo(view.texts[view.variant(variant)], nl=False)
+    else:
+        _show_overview(view, heading)
+
+
+def _show_overview(view: View, heading: str) -> None:
+    """Picture, variants and cost, and what each pass did where that is known."""
+    from .picture import overview
+    from .view import passes_table
+
+    show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+    if view.reports:
+        show("", passes_table(view.reports))
+
+
+def _read(path: str) -> tuple[View, str]:
+    """An artifact and what to call it."""
+    from .artifact import load_artifact
+    from .view import view_artifact
+
+    with progress() as say:
+        say("reading the artifact")
+        artifact = load_artifact(path)
+    return view_artifact(artifact), f"{Path(path).name}, backend {artifact.backend}"
+
+
+def _build(
+    model: str,
+    schedule: str,
+    arch: str | None,
+    inputs: list[str] | None,
+    input_size: int | None,
+    batch: int | None = None,
+) -> tuple[View, str]:
+    """Plan and graphs from shapes alone, and the model's name."""
+    from .compiler import build
+    from .schedule import load_schedule
+    from .sources import open_model
+    from .view import view_build
+
+    asked = load_schedule(schedule)
+    with progress() as say:
+        say("loading the model")
+        source = open_model(
+            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
+        )
+        built = build(source.model, asked, source.args, source.kwargs, progress=say)
+        say("counting")
+        return view_build(built, batch), source.name

@@ -1,0 +1,183 @@
+"""A model that measures how much the values of its sites change from call to call."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .action import Compute
+from .errors import InputError
+from .pipeline import rewrite
+from .plan import Plan, Variant
+from .site import Site
+from .trace import TracedModel, trace
+
+Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
+
+
+class SiteRecorder:
+    """Is called as the model, once a step, and measures every site on the way.
+
+    What runs is the traced graph with every site's values as further outputs. Of a trajectory it
+    keeps the values of the last ``max_distance`` steps, and the means of their batch for as long as
+    two gaps between computed steps can be.
+
+    Args:
+        model: in eval mode; it is not changed.
+        steps: model calls per trajectory and branch.
+        max_distance: the largest distance between steps to compare.
+        progress: told after every call.
+    """
+
+    def __init__(
+        self, model: nn.Module, steps: int, max_distance: int, progress: Progress | None = None
+    ) -> None:
+        self._model, self._steps, self._distance = model, steps, max_distance
+        self._say = progress or (lambda *_: None)
+        self._traced: TracedModel | None = None
+        self._graph: fx.GraphModule | None = None
+        self._shapes: list[torch.Size] = []
+        self._errors = self._products = torch.empty(0)
+        self._branches: dict[str, _Branch] = {}
+        self._name, self._text = "", ""
+        self._measured = 0  # trajectories, those of branches counted apart
+
+    @contextmanager
+    def trajectory(self, text: str) -> Iterator[None]:
+        """Everything that is called inside is one trajectory.
+
+        Args:
+            text: what progress is told.
+
+        Raises:
+            InputError: there were not as many calls as steps.
+        """
+        self._branches.clear()
+        self._text = text
+        yield
+        if not self._branches:
+            raise InputError("the sampler does not call the model", expected=f"{self._steps} calls")
+        for name, branch in self._branches.items():
+            if branch.step != self._steps:
+                raise self._wrong_count(str(branch.step), name)
+        self._measured += len(self._branches)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Name the branch that the calls inside belong to, such as ``cond`` or ``uncond``."""
+        before, self._name = self._name, name
+        try:
+            yield
+        finally:
+            self._name = before
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model for the next step; arguments and result are the model's."""
+        if self._traced is None or self._graph is None:
+            self._traced = trace(self._model, args, kwargs)
+            self._graph = graph_with_values(self._traced)
+            self._begin(len(self._traced.sites))
+        signature = self._traced.signature
+        inputs = signature.flatten(args, kwargs)
+        self._check_shapes([tensor.shape for tensor in inputs])
+        branch = self._branches.setdefault(self._name, _Branch(self._distance))
+        if branch.step == self._steps:
+            raise self._wrong_count("more", self._name)
+        outputs = self._graph(*inputs)
+        values = iter(outputs[len(signature.outputs) :])
+        self._measure(branch, [[next(values) for _ in site.values] for site in self.sites])
+        branch.step += 1
+        self._say(self._text, branch.step, self._steps)
+        return signature.unflatten(outputs[: len(signature.outputs)], kwargs.get("return_dict"))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site of the model; none before the first call."""
+        return self._traced.sites if self._traced is not None else ()
+
+    def errors(self) -> Tensor:
+        """``(sites, max_distance, steps)``, see :class:`cachegraph.calibration.Calibration`."""
+        return self._errors / self._measured
+
+    def products(self) -> Tensor:
+        """``(sites, 2 * max_distance + 2, steps)``, see the same."""
+        return self._products / self._measured
+
+    def _begin(self, sites: int) -> None:
+        after = torch.arange(self._steps)
+        self._errors = torch.zeros(sites, self._distance, self._steps, dtype=torch.float64)
+        for distance in range(1, self._distance + 1):
+            self._errors[:, distance - 1, after + distance >= self._steps] = torch.nan
+        span = 2 * self._distance + 2
+        self._products = torch.zeros(sites, span, self._steps, dtype=torch.float64)
+        for distance in range(span):
+            self._products[:, distance, after + distance >= self._steps] = torch.nan
+
+    def _measure(self, branch: _Branch, values: list[list[Tensor]]) -> None:
+        for back, before in enumerate(branch.values):
+            changes = [_relative_change(b, v) for b, v in zip(before, values, strict=True)]
+            self._errors[:, back, branch.step - back - 1] += torch.tensor(changes).double()
+        branch.values.appendleft(values)
+        means = [_mean(tensors) for tensors in values]
+        branch.means.appendleft(means)
+        for back, others in enumerate(branch.means):
+            products = [float(other @ mean) for other, mean in zip(others, means, strict=True)]
+            self._products[:, back, branch.step - back] += torch.tensor(products).double()
+
+    def _check_shapes(self, shapes: list[torch.Size]) -> None:
+        self._shapes = self._shapes or shapes
+        if shapes != self._shapes:
+            raise InputError(
+                "the sampler changes the shape of an input",
+                expected=" ".join(str(tuple(shape)) for shape in self._shapes),
+                found=" ".join(str(tuple(shape)) for shape in shapes),
+                remedy="sample the same batch in every trajectory",
+            )
+
+    def _wrong_count(self, found: str, branch: str) -> InputError:
+        where = f" for {branch}" if branch else ""
+        return InputError(
+            f"the sampler does not call the model once a step{where}",
+            expected=f"{self._steps} calls, one a step",
+            found=found,
+            remedy="set the number of steps to that of the sampler; where guidance makes calls of "
+            'its own, put each into model.cache_context("cond") or ("uncond")',
+        )
+
+
+class _Branch:
+    """What is kept of the trajectory of one branch (cond or uncond), newest first."""
+
+    def __init__(self, max_distance: int) -> None:
+        self.step = 0
+        self.values: deque[list[list[Tensor]]] = deque(maxlen=max_distance)
+        self.means: deque[list[Tensor]] = deque(maxlen=2 * max_distance + 2)
+
+
+def graph_with_values(traced: TracedModel) -> fx.GraphModule:
+    """The model's graph with every value of every site behind its outputs, in site order."""
+    count = len(traced.sites)
+    row = (Compute(),) * count
+    variant = Variant("values", (0,), row, writes=(True,) * count, constants=())
+    [step] = rewrite(traced, Plan(traced.sites, (row,), (variant,), (0,)))
+    return step.module
+
+
+def _relative_change(before: Sequence[Tensor], now: Sequence[Tensor]) -> float:
+    """``|before - now| / |now|`` in the L1 norm over all values of a site."""
+    change = sum(
+        float((b.float() - n.float()).abs().sum()) for b, n in zip(before, now, strict=True)
+    )
+    size = sum(float(n.float().abs().sum()) for n in now)
+    return change / size if size else float(change > 0)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    """The mean over the batch of all values of a site, as one vector."""
+    return torch.cat([value.double().mean(0).flatten() for value in values])

@@ -1,0 +1,192 @@
+"""Tiny models with random weights, inputs for them, and how far two results are apart."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+import cachegraph as cg
+from cachegraph import compiler
+from cachegraph.trace import TracedModel
+from cachegraph.zoo import DiT
+
+DATA = Path(__file__).parent / "data"
+Inputs = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from a second thread, and wait for it long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def relative_error(found: Any, wanted: Any) -> float:
+    """Relative L2 error over all tensors of two results of one form."""
+    pairs = list(zip(tensors(found), tensors(wanted), strict=True))
+    difference = math.hypot(*(float((a.double() - b.double()).norm()) for a, b in pairs))
+    return difference / math.hypot(*(float(b.double().norm()) for _, b in pairs))
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result, whether it is a tensor, a tuple or an object with fields."""
+    if hasattr(result, "to_tuple"):
+        result = result.to_tuple()
+    return [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def compile_traced(
+    model: nn.Module, traced: TracedModel, schedule: Any, **options: Any
+) -> cg.Artifact:
+    """``cachegraph.compile`` for the eager backend, of a model that is already traced."""
+    with mock.patch.object(compiler, "trace", return_value=traced):
+        return cg.compile(model, schedule, (), **{"backend": "eager"} | options)
+
+
+def fora(steps: int, interval: int, **more: Any) -> dict[str, Any]:
+    """A schedule."""
+    return {"cachegraph": 1, "steps": steps, "policy": {"method": "fora", "interval": interval}} | (
+        more
+    )
+
+
+def full(steps: int, **more: Any) -> dict[str, Any]:
+    """A schedule that computes everything."""
+    return {"cachegraph": 1, "steps": steps, "policy": {"method": "full"}} | more
+
+
+def fill_random(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter small random values that depend on nothing but the seed.
+
+    Some classes are born with zero or uninitialised parameters; a zero gate would hide a wrong
+    value behind it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / math.sqrt(parameter.shape[1]))
+            else:
+                parameter.copy_((1.0 if name.endswith("weight") else 0.0) + 0.1 * noise)
+    return model.eval()
+
+
+def tiny_dit(seed: int = 0, **sizes: Any) -> DiT:
+    """A DiT of 2 blocks, 16 tokens and width 32: sites attn and mlp of blocks.0 and blocks.1."""
+    defaults: dict[str, Any] = {
+        "input_size": 8,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
+    model = DiT(**defaults | sizes)
+    fill_random(model, seed)
+    return model
+
+
+def dit_steps(steps: int, *, batch: int = 2, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Arguments (x, t, y) of every call of a trajectory: fresh noise, falling timesteps."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 10, (batch,), generator=generator)
+    return [
+        (
+            torch.randn((batch, 4, 8, 8), generator=generator),
+            torch.full((batch,), 1000 - 15 * (step + 1)),
+            y,
+        )
+        for step in range(steps)
+    ]
+
+
+# --- diffusers, from configurations as plain data
+
+
+def read_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """Configurations by name."""
+    return {entry["name"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """The model of a configuration with random weights."""
+    module = importlib.import_module(config.get("module", "diffusers"))
+    return fill_random(getattr(module, config["class"])(**_with_tuples(config["init"])))
+
+
+def make_inputs(
+    config: Mapping[str, Any], *, time: float | None = None, seed: int = 0, batch: int | None = None
+) -> Inputs:
+    """Keyword arguments of one call.
+
+    Args:
+        config: of the model.
+        time: the timestep, for the whole batch; as the configuration says where left out.
+        seed: of the random inputs.
+        batch: a multiple of the configuration's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    factor = (batch or config["batch"]) // config["batch"]
+    inputs = {k: _input(v, generator, factor) for k, v in config["inputs"].items()}
+    if time is not None:
+        inputs["timestep"] = torch.full_like(inputs["timestep"], time)
+    return inputs
+
+
+def trajectory(config: Mapping[str, Any], steps: int, *, seed: int = 0) -> Iterator[Inputs]:
+    """Keyword arguments of every call: fresh random inputs, falling timesteps."""
+    whole = not torch.is_floating_point(make_inputs(config)["timestep"])
+    for step in range(steps):
+        time = 1 - (step + 1) / (steps + 1)
+        yield make_inputs(config, time=round(1000 * time) if whole else time, seed=seed + step)
+
+
+def _input(entry: Mapping[str, Any], generator: torch.Generator, factor: int) -> Any:
+    match entry:
+        case {"tensor": spec}:
+            return _tensor(spec, generator, factor)
+        case {"list": children}:
+            return [_input(child, generator, factor) for child in children]
+        case {"tuple": children}:
+            return tuple(_input(child, generator, factor) for child in children)
+        case {"dict": children}:
+            return {k: _input(child, generator, factor) for k, child in children.items()}
+    return entry["py"]
+
+
+def _tensor(spec: Mapping[str, Any], generator: torch.Generator, factor: int) -> Tensor:
+    dtype = getattr(torch, spec["dtype"])
+    factors = [factor if dim in spec["batch_dims"] else 1 for dim in range(len(spec["shape"]))]
+    shape = [size * times for size, times in zip(spec["shape"], factors, strict=True)]
+    if "values" in spec:
+        values = torch.tensor(spec["values"], dtype=dtype).reshape(spec["shape"])
+        return values.repeat(factors) if factors else values
+    if "fill" in spec:
+        return torch.full(shape, spec["fill"], dtype=dtype)
+    if spec["gen"] == "randint":
+        return torch.randint(spec["low"], spec["high"], shape, dtype=dtype, generator=generator)
+    return getattr(torch, spec["gen"])(shape, generator=generator).to(dtype)
+
+
+def _with_tuples(value: Any) -> Any:
+    match value:
+        case {"__tuple__": items}:
+            return tuple(_with_tuples(item) for item in items)
+        case dict():
+            return {key: _with_tuples(item) for key, item in value.items()}
+        case list():
+            return [_with_tuples(item) for item in value]
+    return value

@@ -1,0 +1,249 @@
+"""Whole models, known and from diffusers: bit for bit without caching, as the reference with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cachegraph as cg
+from cachegraph.trace import TracedModel, trace
+from tests.models import (
+    DATA,
+    Inputs,
+    compile_traced,
+    dit_steps,
+    fora,
+    full,
+    one_thread,  # noqa: F401
+    read_configs,
+    relative_error,
+    tensors,
+    tiny_dit,
+    trajectory,
+)
+from tests.models import build as build_model
+
+STEPS = 6
+DIFFUSERS = read_configs(DATA / "diffusers_tiny.json")
+
+# name and kind of every site, in the order of execution; fused ones are marked
+SITES = {
+    "zoo": [f"blocks.{i}.{site}" for i in (0, 1) for site in ("attn attn", "mlp mlp")],
+    "DiTTransformer2D": [
+        f"transformer_blocks.{i}.{site}" for i in (0, 1) for site in ("attn1 attn", "ff mlp")
+    ],
+    "PixArtTransformer2D": [
+        f"transformer_blocks.{i}.{site}"
+        for i in (0, 1)
+        for site in ("attn1 attn", "attn2 cross_attn", "ff mlp")
+    ],
+    "SD3Transformer": [
+        "transformer_blocks.0.attn attn",
+        "transformer_blocks.0.ff mlp",
+        "transformer_blocks.0.ff_context mlp",
+        "transformer_blocks.1.attn attn",  # its text stream ends here
+        "transformer_blocks.1.ff mlp",
+    ],
+    "FluxTransformer": [
+        *(
+            f"transformer_blocks.{i}.{site}"
+            for i in (0, 1)
+            for site in ("attn attn", "ff mlp", "ff_context mlp")
+        ),
+        *(f"single_transformer_blocks.{i}:attn attn fused" for i in (0, 1)),
+    ],
+    "WanTransformer3D": [
+        f"blocks.{i}.{site}"
+        for i in (0, 1)
+        for site in ("attn1 attn", "attn2 cross_attn", "ffn mlp")
+    ],
+}
+
+
+class Case(NamedTuple):
+    name: str
+    model: nn.Module
+    traced: TracedModel
+    calls: list[Inputs]  # of one trajectory
+
+
+@pytest.fixture(scope="module", params=SITES)
+def case(request: pytest.FixtureRequest) -> Case:
+    if request.param == "zoo":
+        model: nn.Module = tiny_dit()
+        calls = [dict(zip("xty", call, strict=True)) for call in dit_steps(STEPS)]
+    else:
+        pytest.importorskip("diffusers")
+        config = DIFFUSERS[request.param]
+        model, calls = build_model(config), list(trajectory(config, STEPS))
+    return Case(request.param, model, trace(model, (), calls[0]), calls)
+
+
+@torch.no_grad()
+def eager(case: Case, call: Inputs) -> Any:
+    return case.model(**call)
+
+
+def test_sites(case: Case) -> None:
+    found = [f"{s.name} {s.kind}{' fused' * s.fused}" for s in case.traced.sites]
+    assert found == SITES[case.name]
+
+
+def test_joint_attention_has_a_value_for_each_stream(case: Case) -> None:
+    joint = {
+        "SD3Transformer": [2, 1, 1, 1, 1],
+        "FluxTransformer": [2, 1, 1, 2, 1, 1, 1, 1],
+    }
+    values = [len(site.values) for site in case.traced.sites]
+    assert values == joint.get(case.name, [1] * len(values))
+
+
+def test_the_batch_may_vary(case: Case) -> None:
+    assert case.traced.batch is not None, case.traced.fixed_batch_reason
+
+
+def test_without_caching_equal_bit_for_bit(case: Case) -> None:
+    artifact = compile_traced(case.model, case.traced, full(STEPS))
+    assert len(artifact.graphs) == 1
+    run = cg.load(artifact)
+    for call in case.calls:
+        found, wanted = tensors(run(**call)), tensors(eager(case, call))
+        assert [torch.equal(a, b) for a, b in zip(found, wanted, strict=True)] == [True] * len(
+            wanted
+        )
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_fora_equals_the_reference(case: Case, interval: int) -> None:
+    artifact = compile_traced(case.model, case.traced, fora(STEPS, interval))
+    plan = artifact.program.plan
+    run = cg.load(artifact)
+    reference = cg.ReferenceRunner.of_plan(case.model, case.traced, plan, artifact.schedule)
+    distances = []
+    for call in case.calls:
+        found = run(**call)
+        assert relative_error(found, reference(**call)) <= 1e-5
+        distances.append(relative_error(found, eager(case, call)))
+    # The test can fail: a reused value is far from a computed one.
+    computed = {step for step in range(STEPS) if step == 0 or (STEPS - 1 - step) % interval == 0}
+    assert {step for step, distance in enumerate(distances) if distance == 0} == computed
+    assert {step for step, distance in enumerate(distances) if distance > 0.02} == (
+        set(range(STEPS)) - computed
+    )
+
+
+def test_reference_runner_traces_by_itself() -> None:
+    model, calls = tiny_dit(), dit_steps(STEPS)
+    run = cg.load(cg.compile(model, fora(STEPS, 3), calls[0], backend="eager"))
+    reference = cg.ReferenceRunner(model, fora(STEPS, 3))
+    for call in calls:
+        assert relative_error(run(*call), reference(*call)) <= 1e-5
+
+
+class FixesItsBatch(nn.Module):
+    """A model that does arithmetic on the batch which no symbol can stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = tiny_dit()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if type(x.shape[0]) is not int:
+            raise TypeError("no symbols please")
+        return self.dit(x, t, y)
+
+
+def test_a_batch_that_cannot_vary_says_why() -> None:
+    model, calls = FixesItsBatch().eval(), dit_steps(STEPS)
+    traced = trace(model, calls[0])
+    assert traced.batch is None
+    assert traced.symbols == {}
+    assert traced.fixed_batch_reason == "torch.export: TypeError: no symbols please"
+    assert [vars(tensor) for tensor in calls[0]] == [{}, {}, {}]  # the first attempt left nothing
+    run = cg.load(compile_traced(model, traced, full(STEPS)))
+    with torch.no_grad():
+        assert torch.equal(run(*calls[0]), model(*calls[0]))
+
+
+# --- nothing about the model is changed
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything that hangs on a model: which object, and of containers what is in them."""
+    state: dict[str, object] = {}
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            state[f"{path}.{key}"] = (id(value), contents(value))
+    return state
+
+
+def contents(value: object) -> object:
+    match value:
+        case Tensor():
+            return value.detach().clone().tolist(), value.requires_grad, value.grad is None
+        case dict():
+            return [(key, id(item), contents(item)) for key, item in value.items()]
+        case list() | tuple() | set():
+            return [id(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+class KeepsState(nn.Module):
+    """A model that remembers positions, once in an attribute and once in a dict, and has hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = tiny_dit()
+        self.positions: Tensor | None = None
+        self.by_length: dict[int, Tensor] = {}
+        self.lengths: list[int] = []
+        self.register_buffer("offset", torch.ones(1), persistent=False)
+        self.dit.blocks[0].register_forward_hook(lambda _module, _args, output: output + 1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.positions is None:
+            self.positions = torch.arange(x.shape[-1], device=x.device) / 10
+        if x.shape[-1] not in self.by_length:
+            self.by_length[x.shape[-1]] = torch.arange(x.shape[-1], device=x.device) / 5
+            self.lengths.append(x.shape[-1])
+        return self.dit(x + self.positions + self.by_length[x.shape[-1]] + self.offset, t, y)
+
+
+def models_with_inputs() -> Iterator[tuple[str, nn.Module, Inputs]]:
+    call = dict(zip("xty", dit_steps(1)[0], strict=True))
+    yield "zoo", tiny_dit(), call
+    yield "keeps-state", KeepsState().eval(), call
+
+
+def check_unchanged(model: nn.Module, call: Inputs) -> None:
+    names = list(model.state_dict())
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        before, random_before = state_of(model), torch.random.get_rng_state()
+        artifact = cg.compile(model, fora(STEPS, 3), kwargs=call, backend="eager")
+        cg.load(artifact)(**call)
+        assert torch.equal(torch.random.get_rng_state(), random_before)
+    assert state_of(model) == before
+    assert list(model.state_dict()) == names
+    with torch.no_grad():
+        wanted = model(**call)
+    found = cg.load(artifact)(**call)
+    for a, b in zip(tensors(found), tensors(wanted), strict=True):
+        assert type(b) is Tensor  # no fake tensor that tracing left behind
+        assert torch.equal(a, b)
+
+
+def test_compiling_leaves_a_diffusers_model_as_it_was() -> None:
+    pytest.importorskip("diffusers")
+    config = DIFFUSERS["WanTransformer3D"]
+    check_unchanged(build_model(config), next(trajectory(config, STEPS)))
+
+
+@pytest.mark.parametrize("name", ["zoo", "keeps-state"])
+def test_compiling_leaves_the_model_as_it_was(name: str) -> None:
+    _, model, call = next(entry for entry in models_with_inputs() if entry[0] == name)
+    check_unchanged(model, call)

@@ -1,0 +1,85 @@
+"""What published implementations computed, call by call, against compiled graphs and reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import cachegraph as cg
+from cachegraph.zoo import DiT
+from tests.models import (
+    DATA,
+    one_thread,  # noqa: F401
+    relative_error,
+)
+
+LIMIT = 1e-4  # relative L2 error of each call
+SCHEDULES: dict[str, Any] = {
+    "plain_ddim20": {"cachegraph": 1, "steps": 20, "policy": {"method": "full"}},
+    "fora3_ddpm50": "fora-n3",
+}
+Model = Callable[..., Tensor]
+
+
+class Case:
+    """One recording and what was compiled for it, in memory and in a folder."""
+
+    def __init__(self, name: str, model: DiT, folder: Path) -> None:
+        self.recording = load_file(DATA / f"{name}.safetensors")
+        self.schedule = SCHEDULES[name]
+        self.model, self.folder = model, folder
+        self.artifact = cg.compile(model, self.schedule, self.inputs(0), out=folder)
+
+    @property
+    def steps(self) -> int:
+        return len(self.recording["out"])
+
+    def inputs(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.recording["x"][step], self.recording["t"][step], self.recording["y"]
+
+    @torch.no_grad()
+    def errors(self, run: Model) -> list[float]:
+        """The relative error of every call, in order."""
+        wanted = self.recording["out"]
+        return [relative_error(run(*self.inputs(s)), wanted[s]) for s in range(self.steps)]
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    return cg.load_model(DATA / "dit_tiny.safetensors", arch="DiT(num_heads=4)")
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def case(
+    request: pytest.FixtureRequest, model: DiT, tmp_path_factory: pytest.TempPathFactory
+) -> Case:
+    return Case(request.param, model, tmp_path_factory.mktemp(request.param) / "tiny.cgraph")
+
+
+def test_reference_runner(case: Case) -> None:
+    assert max(case.errors(cg.ReferenceRunner(case.model, case.schedule))) <= LIMIT
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_in_memory(case: Case, backend: str) -> None:
+    assert max(case.errors(cg.load(case.artifact, backend=backend))) <= LIMIT
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_loaded_from_a_folder(case: Case, backend: str) -> None:
+    assert max(case.errors(cg.load(case.folder, backend=backend))) <= LIMIT
+
+
+def test_a_wrong_rule_cannot_hide(case: Case) -> None:
+    """The uncached model is far from the recording of a caching method at its cached steps."""
+    errors = case.errors(case.model)
+    computed = [all(type(a).__name__ == "Compute" for a in r) for r in case.artifact.program.rows]
+    assert len(errors) == len(computed) == case.steps
+    for error, full in zip(errors, computed, strict=True):
+        assert error <= LIMIT if full else error > 100 * LIMIT
