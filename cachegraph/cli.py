@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .cli_calibrate import calibrate, import_router_file
 from .cli_compile import compile_model, verify
 from .cli_options import examples
 from .cli_plan import inspect, show_plan
@@ -45,7 +46,7 @@ class _Commands(TyperGroup):
             raise
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(130) from None
         except Exception as error:  # noqa: BLE001 - nobody above can report it
             if ctx.params.get("debug"):
                 traceback.print_exc()
@@ -143,6 +144,19 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
             "cachegraph sample digits --schedule fora-n3 -o digits.png",
             "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
         ),
+    ),
+    (
+        "calibrate",
+        calibrate,
+        (
+            "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
+            "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
+        ),
+    ),
+    (
+        "import-router",
+        import_router_file,
+        ("cachegraph import-router DDIM20_router.pt -o mask.yaml --threshold 0.1",),
     ),
 )
 for _name, _command, _lines in _COMMANDS:

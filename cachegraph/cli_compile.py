@@ -44,6 +44,7 @@ def compile_model(
 
     asked = load_schedule(schedule)
     get_backend(backend)  # a wrong name is told before any work
+    _refuse_overwrite(out)
     with progress() as say:
         say("loading the model")
         source = open_model(model, arch=arch, inputs=inputs or ())
@@ -118,9 +119,9 @@ def verify(
         )
 
 
-def _refuse_overwrite(target: Path) -> None:
+def _refuse_overwrite(target: Path | None) -> None:
     """As saving would, but before the work."""
-    if target.exists() and not (target / "manifest.json").is_file():
+    if target is not None and target.exists() and not (target / "manifest.json").is_file():
         raise ArtifactError(
             "the output exists and is no artifact",
             place=str(target),

@@ -169,12 +169,15 @@ def plain_table(*headings: str, right: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def steps_text(steps: Sequence[int], most: int = 5) -> str:
-    """``0 1 4 7 ... 49``; runs of three and more as ``2-9``."""
+def steps_text(steps: Sequence[int], width: int = 16) -> str:
+    """``0 1 4 7 ... 49``; runs of three and more as ``2-9``; the first ones that fit, the last."""
     words = ranges(steps)
-    if len(words) > most:
-        words = [*words[: most - 1], "...", words[-1]]
-    return " ".join(words)
+    if len(" ".join(words)) <= width:
+        return " ".join(words)
+    end = f"... {words[-1]}"
+    while len(words) > 1 and len(" ".join([*words, end])) > width:
+        words.pop()
+    return " ".join([*words, end])
 
 
 def ranges(numbers: Sequence[int], least: int = 3) -> list[str]:

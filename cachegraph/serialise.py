@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from .errors import ArtifactError
 from .spec import DTYPES, short_dtype, spec_text
 
+SPEC = "cachegraph_spec"  # key in ``node.meta``: text of the spec of a node that was read
 _MEMORY = {
     str(m): m
     for m in (
@@ -103,6 +104,8 @@ def _add_node(
             raise ArtifactError(f"a graph may not hold a node of the kind {other!r}")
     name = _plain_name(entry["name"])
     made[name] = graph.create_node(entry["op"], target, args, kwargs, name=name)
+    if "spec" in entry:
+        made[name].meta[SPEC] = str(entry["spec"])
 
 
 def _plain_name(name: str) -> str:
@@ -135,6 +138,8 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
         entry["kwargs"] = {k: _value_to_json(v, node) for k, v in node.kwargs.items()}
     if "val" in node.meta:
         entry["spec"] = spec_text(node.meta["val"])
+    elif SPEC in node.meta:
+        entry["spec"] = node.meta[SPEC]
     return entry
 
 

@@ -280,8 +280,8 @@ WRONG = {
     "i32, i64, f16, f32, f64, c64, c128, b8, bf16, or torch's names of these; did you mean 'f32'?",
     f"{PLAN} --input z=2:f32": "tiny.safetensors: unknown input 'z'; expected one of x, t, y",
     f"{PLAN} --input x=2:f32 --input x=3:f32": "--input x=3:f32: input 'x' is given twice",
-    "compile digits -s fora-n3 -o empty": "empty: the output exists and is no artifact; choose "
-    "another path or remove it",
+    "compile cli_factory:broken -s rows.yaml -o empty": "empty: the output exists and is no "
+    "artifact; choose another path or remove it",
     "compile damaged.pt2 -s rows.yaml": "damaged.pt2: not a readable torch.export program; found "
     "BadZipFile: File is not a zip file",
     "compile none.pt2 -s rows.yaml": "none.pt2: there is no such file",

@@ -172,5 +172,6 @@ def test_numbers_have_three_digits(count: int, decimal: str, binary: str) -> Non
 def test_steps_as_text() -> None:
     assert ranges([0, 1, 4, 5, 6, 9]) == ["0", "1", "4-6", "9"]
     assert ranges([0, 1, 4], least=2) == ["0-1", "4"]
-    assert steps_text([0, 2, 4, 6, 8]) == "0 2 4 6 8"
-    assert steps_text([0, 2, 4, 6, 8, 10]) == "0 2 4 6 ... 10"
+    assert steps_text([0, 2, 4, 6, 8, 10, 12]) == "0 2 4 6 8 10 12"
+    assert steps_text(range(0, 16, 2)) == "0 2 4 6 8 ... 14"
+    assert steps_text(range(1000, 9999, 7)) == "1000 ... 9995"
