@@ -29,6 +29,8 @@ def forecast(values: Sequence[Tensor], coefficients: Tensor) -> Tensor:
         values: m tensors of one shape, newest first.
         coefficients: ``(m,)`` float32, a step constant.
     """
+    if not values:
+        raise ValueError("a forecast without values")
     total = values[0] * coefficients[0]
     for i, value in enumerate(values[1:], 1):
         total = total + value * coefficients[i]

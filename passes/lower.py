@@ -77,7 +77,13 @@ def _traced(graph: fx.Graph, node: fx.Node) -> fx.Node:
         if inner.op == "output":
             result = copied[inner.args[0]]
         elif inner.op == "call_function":
-            copied[inner] = graph.node_copy(inner, copied.__getitem__)
+            copied[inner] = graph.create_node(
+                inner.op,
+                inner.target,
+                fx.node.map_arg(inner.args, copied.__getitem__),
+                fx.node.map_arg(inner.kwargs, copied.__getitem__),
+                name=f"{node.name}_{len(copied) - len(holders)}",
+            )
             copied[inner].meta = {"val": inner.meta["val"]} if "val" in inner.meta else {}
             copied[inner].meta[ORIGIN] = Origin(Lower.name, node.meta[ORIGIN].site)
         elif inner.op != "placeholder":
