@@ -41,7 +41,25 @@ class Forecast:
     keeps: bool = False
 
 
-Action = Compute | Reuse | Forecast
+@dataclass(frozen=True)
+class Refresh:
+    """Recompute some tokens of a value that an earlier step made; the result is a new value.
+
+    Attributes:
+        source: the step that made the value.
+        tokens: how many, 1 <= tokens < N.
+        scored: the step whose scores the choice goes by: the last that computed the site.
+        age: how many partial steps the site has had since then, those without tokens included; 0
+            for the first.
+    """
+
+    source: int
+    tokens: int
+    scored: int
+    age: int
+
+
+Action = Compute | Reuse | Forecast | Refresh
 Row = tuple[Action, ...]  # one action a site, in site order
 
 
@@ -54,11 +72,19 @@ def sources(action: Action) -> tuple[int, ...]:
             return (source,)
         case Forecast(sources=steps):
             return steps
+        case Refresh(source=source):
+            return (source,)
 
 
 def makes_value(action: Action) -> bool:
     """True where the action makes a value that a later step may use."""
-    return isinstance(action, Compute) or (isinstance(action, Forecast) and action.keeps)
+    match action:
+        case Compute() | Refresh():
+            return True
+        case Forecast(keeps=keeps):
+            return keeps
+        case Reuse():
+            return False
 
 
 def structure(action: Action) -> tuple[str, int]:

@@ -16,8 +16,8 @@ from .cost import PlanCost, plan_cost
 from .errors import ModelError
 from .graph import StepGraph
 from .pipeline import PassReport, module_weights, rewrite
-from .plan import Plan, make_plan
-from .policies import make_rows
+from .plan import Plan
+from .policies import plan_of
 from .program import make_program
 from .runner import Runner
 from .schedule import Schedule, load_schedule
@@ -82,12 +82,7 @@ def build(
         say("tracing the model")
         args, kwargs = example_inputs(model, args, kwargs)
         traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch)
-    plan = make_plan(
-        traced.sites,
-        make_rows(asked, traced.sites),
-        max_variants=asked.max_variants,
-        place=asked.where("max_variants"),
-    )
+    plan = plan_of(asked, traced)
     weights = module_weights(traced)
     reports: list[PassReport] = []
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .graph import StepGraph
+from .graph import CONSTANT, StepGraph
 from .plan import Plan
+from .slot import ConstantKind, StepConstant
 from .spec import TensorSpec
 
 
@@ -63,29 +64,90 @@ def plan_cost(
         weights: the weight store.
         symbols: a size for every shape symbol.
     """
-    per_variant = [count_flops(step.module, symbols) for step in graphs]
+    counted = [count_flops(step.module, symbols, _token_symbols(step)) for step in graphs]
     return PlanCost(
         symbols=dict(symbols),
-        flops=tuple(per_variant[v] for v in plan.variant_of),
-        full_flops=count_flops(full, symbols),
+        flops=tuple(
+            counted[v].at(_tokens(graphs[v], step)) for step, v in enumerate(plan.variant_of)
+        ),
+        full_flops=count_flops(full, symbols).fixed,
         cache_bytes=plan.cache_bytes(symbols),
         weight_bytes=sum({t.data_ptr() or id(t): t.nbytes for t in weights.values()}.values()),
     )
 
 
-def count_flops(module: fx.GraphModule, symbols: Mapping[str, int]) -> int:
-    """FLOPs of one call, from shapes alone: nothing is computed and no weight is touched."""
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one call of a graph, some of them proportional to a number of tokens.
+
+    Attributes:
+        fixed: whatever the numbers of tokens are.
+        per_token: symbol of a number of tokens -> FLOPs for each of them.
+    """
+
+    fixed: int
+    per_token: Mapping[str, int]
+
+    def at(self, tokens: Mapping[str, int]) -> int:
+        """FLOPs for the given numbers of tokens."""
+        return self.fixed + sum(self.per_token[name] * tokens[name] for name in self.per_token)
+
+
+def count_flops(
+    module: fx.GraphModule, symbols: Mapping[str, int], token_symbols: Sequence[str] = ()
+) -> FlopCount:
+    """FLOPs of one call, from shapes alone: nothing is computed and no weight is touched.
+
+    Args:
+        module: the graph.
+        symbols: a size for every other shape symbol.
+        token_symbols: symbols of numbers of recomputed tokens. What is done for such tokens is
+            done one by one, so its cost is counted for one and multiplied.
+    """
     mode = module.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode
+    sizes = {**symbols, **dict.fromkeys(token_symbols, 1)}
     env: dict[fx.Node, Any] = {}
+    fixed, before = 0, 0
+    per_token = dict.fromkeys(token_symbols, 0)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with mode, counter, torch.no_grad(), _quiet():
         for node in module.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
-                env[node] = _empty(node, symbols)
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)
-    return int(counter.get_total_flops())
+                env[node] = _empty(node, sizes)
+                continue
+            if node.op != "call_function":
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)
+            spent = int(counter.get_total_flops()) - before if token_symbols else 0
+            before += spent
+            for symbol in _symbols_of(node) & per_token.keys() if spent else ():
+                per_token[symbol] += spent
+                spent = 0
+            fixed += spent
+        total = int(counter.get_total_flops())
+    return FlopCount(fixed if token_symbols else total, per_token)
+
+
+def _symbols_of(node: fx.Node) -> set[str]:
+    value = node.meta["val"]
+    return TensorSpec.of(value).symbols() if isinstance(value, Tensor) else set()
+
+
+def _token_inputs(step: StepGraph) -> Iterator[tuple[str, StepConstant]]:
+    """(symbol, constant) of every number of tokens among a graph's inputs."""
+    for node in step.inputs:
+        constant = node.meta.get(CONSTANT)
+        if constant is not None and constant.kind is ConstantKind.TOKENS:
+            yield str(node.meta["val"].shape[0]), constant
+
+
+def _token_symbols(step: StepGraph) -> list[str]:
+    return [symbol for symbol, _ in _token_inputs(step)]
+
+
+def _tokens(graph: StepGraph, step: int) -> dict[str, int]:
+    return {symbol: len(constant.values[step]) for symbol, constant in _token_inputs(graph)}
 
 
 def _attention_flops(

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from .plan import Variant
+from .selection import Selection
 from .site import Site
 from .slot import Slot
+from .variant import Variant
 
 # Keys in ``node.meta``.
 SLOT = "cachegraph_slot"  # Slot of a placeholder or of a write
@@ -49,6 +50,8 @@ class StepGraph:
         variant: the steps it serves and what they do.
         sites: every site of the model.
         stage: how far it is.
+        selection: how tokens are chosen, where some are refreshed.
+        order_depth: J of an order of tokens.
         model_inputs: how many inputs are the model's; slots and step constants follow.
         model_outputs: how many outputs are the model's; writes follow.
     """
@@ -59,6 +62,8 @@ class StepGraph:
     stage: Stage
     model_inputs: int
     model_outputs: int
+    selection: Selection | None = None
+    order_depth: int = 0
 
     @property
     def graph(self) -> fx.Graph:
@@ -87,7 +92,8 @@ class StepGraph:
         for node in self.graph.nodes:
             if VALUE in node.meta:
                 name, index = node.meta[VALUE]
-                yield by_name[name], index, node
+                if name in by_name:
+                    yield by_name[name], index, node
 
     def read_slots(self) -> list[Slot]:
         """The slots that are inputs, in order."""

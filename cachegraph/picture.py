@@ -13,14 +13,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .action import Action, Compute, Forecast, Reuse
+from .action import Action, Compute, Forecast, Refresh, Reuse
 from .cost import PlanCost
-from .plan import Plan, Variant
+from .plan import Plan
 from .site import Site
+from .variant import Variant
 
-_STYLES = {"C": "black on green", "R": "bright_black", "F": "black on yellow"}
+_STYLES = {
+    "C": "black on green",
+    "R": "bright_black",
+    "F": "black on yellow",
+    "T": "black on magenta",
+}
 _MIXED = "black on cyan"
-_WORDS = {"C": "compute", "R": "reuse", "F": "forecast"}
+_WORDS = {"C": "compute", "R": "reuse", "F": "forecast", "T": "refresh tokens"}
 _MOST_BANDS = 12  # pieces that the steps of one picture are cut into
 _MARK = 10  # steps from one number above the picture to the next
 
@@ -42,7 +48,7 @@ class PictureRow:
 
 
 def letter(action: Action) -> str:
-    """One character for what a step does at a site: C, R or F."""
+    """One character for what a step does at a site: C, R, F or T."""
     match action:
         case Compute():
             return "C"
@@ -50,6 +56,8 @@ def letter(action: Action) -> str:
             return "R"
         case Forecast():
             return "F"
+        case Refresh():
+            return "T"
         case _:
             assert_never(action)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from .errors import VerifyError
 from .graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
 from .passes import PIPELINE
-from .plan import Plan, Variant
+from .plan import Plan
 from .text import digest, graph_text
 from .trace import TracedModel
+from .variant import Variant
 from .verify import Given, evaluate, verify
 
 
@@ -59,7 +60,7 @@ def rewrite(
     """
     stored = weights if weights is not None else module_weights(traced)
     given = Given(traced.module.graph, stored)
-    return tuple(_rewrite_one(traced, v, passes, given, on_pass) for v in plan.variants)
+    return tuple(_rewrite_one(traced, plan, v, passes, given, on_pass) for v in plan.variants)
 
 
 def module_weights(traced: TracedModel) -> dict[str, Tensor]:
@@ -76,6 +77,7 @@ def module_weights(traced: TracedModel) -> dict[str, Tensor]:
 
 def _rewrite_one(
     traced: TracedModel,
+    plan: Plan,
     variant: Variant,
     passes: Sequence[Pass],
     given: Given,
@@ -84,10 +86,12 @@ def _rewrite_one(
     step = StepGraph(
         copy_module(traced.module),
         variant,
-        traced.sites,
+        plan.sites,
         Stage.TRACED,
         model_inputs=len(traced.signature.inputs),
         model_outputs=len(traced.signature.outputs),
+        selection=plan.selection,
+        order_depth=plan.order_depth,
     )
     verify(step, given, "trace")
     for one in passes:

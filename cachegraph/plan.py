@@ -15,6 +15,7 @@ from .action import (
     Action,
     Compute,
     Forecast,
+    Refresh,
     Reuse,
     Row,
     makes_value,
@@ -22,27 +23,10 @@ from .action import (
     structure,
 )
 from .errors import PlanError
+from .selection import Selection
 from .site import Site
-from .slot import StepConstant
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialised graph: the steps whose rows have the same structure share it.
-
-    Attributes:
-        name: ``variant0``, numbered by first use.
-        steps: the steps that run it.
-        row: the row of its first step; the structure is the same in all of them.
-        writes: per site, whether the graph hands out the site's values to be kept.
-        constants: inputs that differ from step to step.
-    """
-
-    name: str
-    steps: tuple[int, ...]
-    row: Row
-    writes: tuple[bool, ...]
-    constants: tuple[StepConstant, ...]
+from .slot import EXTRAS
+from .variant import VALUES, Kept, Variant, extra_spec, last_use, make_variant, order_depth
 
 
 @dataclass(frozen=True)
@@ -54,12 +38,14 @@ class Plan:
         rows: one row a step; ``rows[step][i]`` is the action at ``sites[i]``.
         variants: the specialised graphs.
         variant_of: step -> index into ``variants``.
+        selection: how tokens are chosen, where a row refreshes some.
     """
 
     sites: tuple[Site, ...]
     rows: tuple[Row, ...]
     variants: tuple[Variant, ...]
     variant_of: tuple[int, ...]
+    selection: Selection | None = None
 
     @property
     def steps(self) -> int:
@@ -67,21 +53,26 @@ class Plan:
         return len(self.rows)
 
     @cached_property
-    def last_use(self) -> dict[tuple[int, int], int]:
-        """(site index, step that made the value) -> last step that uses it."""
-        return _last_use(self.rows)
+    def last_use(self) -> dict[Kept, int]:
+        """What is kept -> last step that uses it."""
+        return last_use(self.rows, self.sites, self.selection)
 
     @cached_property
-    def freed_after(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Per step, the values (site index, step made) that nothing needs afterwards."""
-        freed: list[list[tuple[int, int]]] = [[] for _ in self.rows]
-        for value, step in self.last_use.items():
-            freed[step].append(value)
-        return tuple(tuple(sorted(values)) for values in freed)
+    def freed_after(self) -> tuple[tuple[Kept, ...], ...]:
+        """Per step, what nothing needs afterwards."""
+        freed: list[list[Kept]] = [[] for _ in self.rows]
+        for kept, step in self.last_use.items():
+            freed[step].append(kept)
+        return tuple(tuple(sorted(kept)) for kept in freed)
 
-    def is_kept(self, site: int, step: int) -> bool:
-        """True where a later step uses the value that ``step`` makes at the site."""
-        return (site, step) in self.last_use
+    @property
+    def order_depth(self) -> int:
+        """J: the most partial steps that follow one computed step."""
+        return order_depth(self.rows)
+
+    def is_kept(self, site: int, step: int, part: int = VALUES) -> bool:
+        """True where a later step uses what ``step`` makes at the site."""
+        return Kept(site, step, part) in self.last_use
 
     def cache_bytes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         """Bytes of the values that live on after each step.
@@ -91,9 +82,13 @@ class Plan:
         """
         size = [sum(v.spec.nbytes(symbols) for v in site.values) for site in self.sites]
         live = [0] * self.steps
-        for (site, made), last in self.last_use.items():
-            for step in range(made, last):
-                live[step] += size[site]
+        for kept, last in self.last_use.items():
+            nbytes = size[kept.site]
+            if kept.part in EXTRAS:
+                spec = extra_spec(self.sites[kept.site], kept.part, self.order_depth)
+                nbytes = spec.nbytes(symbols)
+            for step in range(kept.made, last):
+                live[step] += nbytes
         return tuple(live)
 
     def full_steps(self) -> int:
@@ -105,6 +100,7 @@ def make_plan(
     sites: Sequence[Site],
     rows: Sequence[Row],
     *,
+    selection: Selection | None = None,
     max_variants: int | None = None,
     place: str = "schedule",
 ) -> Plan:
@@ -113,6 +109,7 @@ def make_plan(
     Args:
         sites: every site of the model.
         rows: one a step, one action a site.
+        selection: how tokens are chosen, where a row refreshes some.
         max_variants: refuse more specialised graphs than this.
         place: where the schedule is written, for errors.
 
@@ -120,17 +117,7 @@ def make_plan(
         PlanError: a row of the wrong length, a value used before it was made or that its step does
             not make, coefficients that do not fit, or too many variants.
     """
-    for step, row in enumerate(rows):
-        if len(row) != len(sites):
-            raise PlanError(
-                f"the row of step {step} does not fit the model",
-                place=place,
-                expected=f"{len(sites)} actions, one a site",
-                found=str(len(row)),
-            )
-        for index, action in enumerate(row):
-            _check_action(sites[index], rows, step, index, place)
-            _check_forecast(sites[index], action, step, place)
+    _check_rows(sites, rows, selection, place)
     groups: dict[tuple[tuple[str, int], ...], list[int]] = {}
     for step, row in enumerate(rows):
         groups.setdefault(tuple(structure(a) for a in row), []).append(step)
@@ -142,50 +129,31 @@ def make_plan(
             found="; ".join(_describe_group(key, steps) for key, steps in groups.items()),
             remedy="raise max_variants or make rows alike",
         )
-    kept = _last_use(rows)
+    kept = last_use(rows, sites, selection)
     variants = tuple(
-        _variant(f"variant{i}", steps, sites, rows, kept) for i, steps in enumerate(groups.values())
+        make_variant(f"variant{i}", steps, sites, rows, kept, selection)
+        for i, steps in enumerate(groups.values())
     )
     variant_of = {step: i for i, variant in enumerate(variants) for step in variant.steps}
-    return Plan(tuple(sites), tuple(rows), variants, tuple(variant_of[s] for s in range(len(rows))))
+    in_order = tuple(variant_of[step] for step in range(len(rows)))
+    return Plan(tuple(sites), tuple(rows), variants, in_order, selection)
 
 
-def _variant(
-    name: str,
-    steps: Sequence[int],
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    kept: Mapping[tuple[int, int], int],
-) -> Variant:
-    # A write that only some of the steps need stays in the shared graph: leaving it out of those
-    # steps alone would split the variant.
-    writes = tuple(any((i, step) in kept for step in steps) for i in range(len(sites)))
-    return Variant(name, tuple(steps), rows[steps[0]], writes, _constants(steps, sites, rows))
-
-
-def _constants(
-    steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row]
-) -> tuple[StepConstant, ...]:
-    """Forecast coefficients; sites whose numbers agree in every step share one constant."""
-    shared: dict[tuple[tuple[float, ...], ...], list[str]] = {}
-    for i, site in enumerate(sites):
-        if isinstance(rows[steps[0]][i], Forecast):
-            actions = [rows[step][i] for step in steps]
-            numbers = tuple(a.coefficients for a in actions if isinstance(a, Forecast))
-            shared.setdefault(numbers, []).append(site.name)
-    return tuple(
-        StepConstant(f"forecast{i}", tuple(names), dict(zip(steps, numbers, strict=True)))
-        for i, (numbers, names) in enumerate(shared.items())
-    )
-
-
-def _last_use(rows: Sequence[Row]) -> dict[tuple[int, int], int]:
-    return {
-        (i, source): step
-        for step, row in enumerate(rows)
-        for i, action in enumerate(row)
-        for source in sources(action)
-    }
+def _check_rows(
+    sites: Sequence[Site], rows: Sequence[Row], selection: Selection | None, place: str
+) -> None:
+    for step, row in enumerate(rows):
+        if len(row) != len(sites):
+            raise PlanError(
+                f"the row of step {step} does not fit the model",
+                place=place,
+                expected=f"{len(sites)} actions, one a site",
+                found=str(len(row)),
+            )
+        for index, action in enumerate(row):
+            _check_action(sites[index], rows, step, index, place)
+            _check_forecast(sites[index], action, step, place)
+            _check_refresh(sites[index], rows, step, index, selection, place)
 
 
 def _check_action(site: Site, rows: Sequence[Row], step: int, index: int, place: str) -> None:
@@ -219,6 +187,29 @@ def _check_forecast(site: Site, action: Action, step: int, place: str) -> None:
         )
 
 
+def _check_refresh(
+    site: Site,
+    rows: Sequence[Row],
+    step: int,
+    index: int,
+    selection: Selection | None,
+    place: str,
+) -> None:
+    action = rows[step][index]
+    if not isinstance(action, Refresh):
+        return
+    tokens = site.values[0].spec.shape[1] if len(site.values[0].spec.shape) == 3 else None
+    computed = 0 <= action.scored < step and isinstance(rows[action.scored][index], Compute)
+    fits = isinstance(tokens, int) and 1 <= action.tokens < tokens and action.age >= 0
+    if selection is None or len(site.values) != 1 or not computed or not fits:
+        raise PlanError(
+            f"step {step} cannot refresh tokens of {site.name}",
+            place=place,
+            expected=f"1 to {tokens} tokens (fewer than all), scored at a step that computed it",
+            found=f"{action.tokens} tokens of {site.values[0].spec}, scored at {action.scored}",
+        )
+
+
 def _describe_group(key: Sequence[tuple[str, int]], steps: Sequence[int]) -> str:
     words: dict[str, int] = {}
     for kind, _ in key:
@@ -235,3 +226,5 @@ def _word(action: Action) -> str:
             return f"reuse of step {source}"
         case Forecast():
             return f"forecast from steps {', '.join(map(str, action.sources))}"
+        case Refresh():
+            return f"refresh of {action.tokens} tokens"

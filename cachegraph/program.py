@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .action import Row, sources
+from .action import Refresh, Row, sources
 from .cost import PlanCost
 from .graph import CONSTANT, StepGraph
 from .plan import Plan, make_plan
 from .schedule import Schedule
+from .selection import Selection
 from .signature import CallSignature
 from .site import Site
+from .slot import ORDER
 from .spec import SpecText, TensorSpec
 from .trace import TracedModel
+from .variant import VALUES
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,18 @@ class Step:
 
     Attributes:
         variant: index of the graph that it runs.
-        slots: (site, value, step that made it) for each slot input, in graph order.
+        slots: (site, value, step that made it) for each slot input, in graph order; one of EXTRAS
+            may stand in place of the value.
         constants: the numbers of each step constant, in graph order.
         keeps: for each written output, whether a later step uses it.
-        frees: (site, step that made it) of the values that nothing needs afterwards.
+        frees: (site, step that made it, VALUES or one of EXTRAS) of what nothing needs afterwards.
     """
 
     variant: int
     slots: tuple[tuple[int, int, int], ...]
-    constants: tuple[tuple[float, ...], ...]
+    constants: tuple[Any, ...]
     keeps: tuple[bool, ...]
-    frees: tuple[tuple[int, int], ...]
+    frees: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Program:
     Attributes:
         sites: every site of the model, in execution order.
         rows: what each step does at each site.
+        selection: how tokens are chosen, where some are refreshed.
         cost: what a trajectory costs, predicted.
         steps: what each step does.
         variants: how the graphs are called.
@@ -71,6 +76,7 @@ class Program:
 
     sites: tuple[Site, ...]
     rows: tuple[Row, ...]
+    selection: Selection | None
     cost: PlanCost
     steps: tuple[Step, ...]
     variants: tuple[VariantLayout, ...]
@@ -84,7 +90,7 @@ class Program:
     @property
     def plan(self) -> Plan:
         """The plan that the program carries out."""
-        return make_plan(self.sites, self.rows)
+        return make_plan(self.sites, self.rows, selection=self.selection)
 
 
 def make_program(
@@ -107,6 +113,7 @@ def make_program(
     return Program(
         sites=plan.sites,
         rows=plan.rows,
+        selection=plan.selection,
         cost=cost,
         steps=tuple(
             _step(plan, graphs[variant], layouts[variant], step)
@@ -129,6 +136,7 @@ def _layout(graph: StepGraph) -> VariantLayout:
         if written
         for value in range(len(site.values))
     )
+    writes += tuple((i, part) for i, parts in enumerate(graph.variant.extras) for part in parts)
     inputs = tuple(TensorSpec.of(node.meta["val"]) for node in graph.inputs)
     return VariantLayout(graph.variant.name, inputs, writes)
 
@@ -138,12 +146,17 @@ def _step(plan: Plan, graph: StepGraph, layout: VariantLayout, step: int) -> Ste
     slots = []
     for slot in graph.read_slots():
         site = index[slot.site]
-        slots.append((site, slot.value, sources(plan.rows[step][site])[slot.age]))
+        action = plan.rows[step][site]
+        if slot.value == ORDER and isinstance(action, Refresh):
+            made = action.scored
+        else:
+            made = sources(action)[slot.age]
+        slots.append((site, slot.value, made))
     constants = [n.meta[CONSTANT].values[step] for n in graph.inputs if CONSTANT in n.meta]
     return Step(
         variant=plan.variant_of[step],
         slots=tuple(slots),
         constants=tuple(constants),
-        keeps=tuple(plan.is_kept(site, step) for site, _ in layout.writes),
+        keeps=tuple(plan.is_kept(s, step, min(v, VALUES)) for s, v in layout.writes),
         frees=plan.freed_after[step],
     )

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .action import Action, Compute, Forecast, Reuse, makes_value
+from .action import Action, Compute, Forecast, Refresh, Reuse, makes_value
 from .errors import SiteError
-from .plan import Plan, make_plan
-from .policies import make_rows
+from .plan import Plan
+from .policies import plan_of
+from .reference_tokens import TokenChoice
 from .schedule import Schedule, load_schedule
 from .site import Site
 from .trace import TracedModel, trace
 from .tracking import Position, Tracking, make_tracking
+from .variant import VALUES
 
 Values = dict[tuple[str, int], list[Tensor]]  # (site, step that made it) -> its values
 
@@ -57,6 +59,7 @@ class ReferenceRunner:
     def reset(self) -> None:
         """Begin a new trajectory."""
         self._values: Values = {}
+        self._choice: TokenChoice | None = None
         self._position = Position()
 
     @torch.no_grad()
@@ -71,27 +74,74 @@ class ReferenceRunner:
         position = self._tracking(traced, plan).locate(self._position, inputs, step)
         if position.step == 0:
             self.reset()
+            if plan.selection is not None:
+                self._choice = TokenChoice(plan, plan.selection)
         row = plan.rows[position.step]
         made: dict[str, list[Tensor]] = {}
         with ExitStack() as stack:
+            if self._choice is not None:
+                stack.enter_context(self._choice.watch(self.model, row))
             for site, action in zip(plan.sites, row, strict=True):
+                if isinstance(action, Refresh):
+                    self._refresh(stack, site, action, position.step, made)
+                    continue
                 kept = self._kept(site, action)
                 stack.enter_context(self._at_site(site, kept, made))
                 if kept is not None and makes_value(action):
                     made[site.name] = kept
+                if isinstance(action, Compute) and self._choice is not None:
+                    self._note_computed(stack, site)
             result = self.model(*args, **kwargs)
         self._values.update({(name, position.step): v for name, v in made.items()})
-        for index, source in plan.freed_after[position.step]:
-            self._values.pop((plan.sites[index].name, source), None)
+        for freed in plan.freed_after[position.step]:
+            if freed.part == VALUES:
+                self._values.pop((plan.sites[freed.site].name, freed.made), None)
         self._position = position
         return result
+
+    def _refresh(
+        self,
+        stack: ExitStack,
+        site: Site,
+        action: Refresh,
+        step: int,
+        made: dict[str, list[Tensor]],
+    ) -> None:
+        """Let the site run for all tokens, then keep only the chosen ones of what it made."""
+        module, choice = self._value_module(site, 0), self._choice
+        kept = self._values[site.name, action.source][0]
+
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            if choice is None:
+                raise ValueError("a refresh without a selection")
+            made[site.name] = [choice.refreshed(site, action, step, kept, output)]
+            return made[site.name][0]
+
+        stack.callback(module.register_forward_hook(hook).remove)
+
+    def _note_computed(self, stack: ExitStack, site: Site) -> None:
+        module, choice = self._value_module(site, -1), self._choice
+
+        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if choice is not None:
+                choice.computed(site)
+
+        stack.callback(module.register_forward_hook(hook).remove)
+
+    def _value_module(self, site: Site, index: int) -> nn.Module:
+        path = site.values[index].module
+        if path is None:
+            raise SiteError(
+                f"no module returns value {index} of site {site.name}",
+                remedy="ReferenceRunner needs one; compiled graphs do not",
+            )
+        return self.model.get_submodule(path)
 
     def _prepare(self, args: Any, kwargs: Any) -> tuple[TracedModel, Plan]:
         if self._traced is None:
             self._traced = trace(self.model, args, kwargs)
         if self._plan is None:
-            sites = self._traced.sites
-            self._plan = make_plan(sites, make_rows(self.schedule, sites))
+            self._plan = plan_of(self.schedule, self._traced)
         return self._traced, self._plan
 
     def _tracking(self, traced: TracedModel, plan: Plan) -> Tracking:
@@ -115,6 +165,8 @@ class ReferenceRunner:
                     torch.stack([c * v for c, v in zip(coefficients, h, strict=True)]).sum(0)
                     for h in histories
                 ]
+            case Refresh():
+                raise ValueError("a refresh is no replacement")
 
     @contextmanager
     def _at_site(
@@ -129,13 +181,8 @@ class ReferenceRunner:
             return
         seen: list[Tensor | None] = [None] * len(site.values)
         with ExitStack() as stack:
-            for index, value in enumerate(site.values):
-                if value.module is None:
-                    raise SiteError(
-                        f"no module returns value {index} of site {site.name}",
-                        remedy="ReferenceRunner needs one; compiled graphs do not",
-                    )
-                module = self.model.get_submodule(value.module)
+            for index in range(len(site.values)):
+                module = self._value_module(site, index)
                 hook = _hook(seen, index, None if kept is None else kept[index], site.call)
                 stack.callback(module.register_forward_hook(hook).remove)
             if kept is None and site.module is not None and not site.call:

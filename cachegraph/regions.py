@@ -6,76 +6,32 @@ never seen before works as well as a known one.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import pairwise
 
-import torch
 from torch import fx
 
 from .site import Site, SiteKind, SiteValue
 from .spec import TensorSpec
-
-aten = torch.ops.aten
-
-_VIEWS = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.expand.default,
-}
-_CASTS = {
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.type_as.default,
-}
-_PIECES = {
-    operator.getitem,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.select.int,
-    aten.narrow.default,
-}
-# What a stream may pass on its way to a residual add; an expanded tensor is a modulation.
-_CARRIED = (_VIEWS | _CASTS | {aten.slice.Tensor}) - {aten.expand.default}
-_CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.convolution.default,
-    aten.conv2d.padding,
-    aten.conv1d.padding,
-    aten.conv3d.padding,
-}
-_PRODUCTS = {
-    aten.matmul.default,
-    aten.bmm.default,
-    aten.mm.default,
-    aten.baddbmm.default,
-    aten.addmm.default,
-    aten.einsum.default,
-}
-_ATTENTION = {aten.scaled_dot_product_attention.default}
+from .structure import (
+    ATTENTION,
+    CARRIED,
+    CASTS,
+    CONVOLUTIONS,
+    PIECES,
+    PRODUCTS,
+    VIEWS,
+    Dependence,
+    aten,
+    common_module,
+    enclosing_module,
+    module_stack,
+    output_module,
+    shape_of,
+    strip,
+)
 
 
 @dataclass
@@ -90,47 +46,13 @@ class _Branch:
     sources: set[fx.Node] = field(default_factory=set)
 
 
-class _Dependence:
-    """Who depends on whom: one bit a node, so that a set operation is one integer operation."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.nodes = list(graph.nodes)
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.above: list[int] = []  # the node itself and all it depends on
-        inputs = 0
-        for i, node in enumerate(self.nodes):
-            bits = 1 << i
-            for argument in node.all_input_nodes:
-                bits |= self.above[self.index[argument]]
-            self.above.append(bits)
-            if node.op == "placeholder":
-                inputs |= 1 << i
-        self.inputs = inputs
-
-    def depends(self, node: fx.Node, on: fx.Node) -> bool:
-        return bool(self.above[self.index[node]] >> self.index[on] & 1)
-
-    def is_constant(self, node: fx.Node) -> bool:
-        """True where no model input is behind the node."""
-        return not self.above[self.index[node]] & self.inputs
-
-    def between(self, source: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """The nodes on a path from source (left out) to end (included), in order."""
-        start, bits = self.index[source], self.above[self.index[end]]
-        return [
-            node
-            for i, node in enumerate(self.nodes[start + 1 : self.index[end] + 1], start + 1)
-            if bits >> i & 1 and self.above[i] >> start & 1
-        ]
-
-
 def find_sites(graph: fx.Graph) -> tuple[Site, ...]:
     """The sites of a traced graph in the order of their execution.
 
     Args:
         graph: functional, with ``meta["val"]`` and ``meta["nn_module_stack"]`` on its nodes.
     """
-    dependence = _Dependence(graph)
+    dependence = Dependence(graph)
     merged: list[_Branch] = []
     for branch in _branches(dependence):
         _merge(merged, branch)
@@ -143,6 +65,28 @@ def find_sites(graph: fx.Graph) -> tuple[Site, ...]:
     return _with_unique_names(sites)
 
 
+def find_stack(graph: fx.Graph, sites: Sequence[Site]) -> Site | None:
+    """All blocks as one site, where every site stands in one chain of residual adds.
+
+    Its value is the stream behind the last block; reusing it skips all blocks.
+    """
+    chained = all(b.source == a.residual for a, b in pairwise(sites))
+    if not sites or not chained or any(len(site.values) > 1 for site in sites):
+        return None
+    last = next(node for node in graph.nodes if node.name == sites[-1].residual)
+    value = SiteValue(last.name, TensorSpec.of(last.meta["val"]), output_module(last))
+    return Site(
+        name="stack",
+        kind=SiteKind.STACK,
+        values=(value,),
+        module=None,
+        source=sites[0].source,
+        residual=last.name,
+        cores=(),
+        anchors=(),
+    )
+
+
 def _merge(merged: list[_Branch], branch: _Branch) -> None:
     for known in merged:
         if known.value is branch.value:
@@ -152,7 +96,7 @@ def _merge(merged: list[_Branch], branch: _Branch) -> None:
     merged.append(branch)
 
 
-def _branches(dependence: _Dependence) -> Iterator[_Branch]:
+def _branches(dependence: Dependence) -> Iterator[_Branch]:
     residual: dict[fx.Node, fx.Node] = {}  # residual add -> its source
     sited: set[fx.Node] = set()  # residual adds whose branch is a site
     for node in dependence.nodes:
@@ -190,7 +134,7 @@ def _latest(
 
 
 def _residual(
-    dependence: _Dependence, node: fx.Node, residual: dict[fx.Node, fx.Node]
+    dependence: Dependence, node: fx.Node, residual: dict[fx.Node, fx.Node]
 ) -> tuple[fx.Node, fx.Node] | None:
     """(source, end of the branch) where the node is a residual add."""
     if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
@@ -198,22 +142,22 @@ def _residual(
     left, right = node.args
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
         return None
-    if not _shape(left) == _shape(right) == _shape(node) or dependence.is_constant(node):
+    if not shape_of(left) == shape_of(right) == shape_of(node) or dependence.is_constant(node):
         return None
     for carried, branch in ((left, right), (right, left)):
-        source = _strip(carried, _CARRIED)
+        source = strip(carried, CARRIED)
         if source is not branch and dependence.depends(branch, source):
             return source, branch
     for carried, branch in ((left, right), (right, left)):
-        known = residual.get(_strip(carried, _CARRIED))
+        known = residual.get(strip(carried, CARRIED))
         if known is not None and dependence.depends(branch, known):
             return known, branch
     return None
 
 
-def _kept(dependence: _Dependence, source: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
+def _kept(dependence: Dependence, source: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
     """Walk back from the end of a branch to what is kept: before gate, casts, pieces and views."""
-    node = _strip(node, _VIEWS | _CASTS | _PIECES)
+    node = strip(node, VIEWS | CASTS | PIECES)
     if node is source or not dependence.depends(node, source):
         return ()
     operands = node.all_input_nodes
@@ -232,19 +176,19 @@ def _kept(dependence: _Dependence, source: fx.Node, node: fx.Node) -> tuple[fx.N
     return (node,)
 
 
-def _independent(dependence: _Dependence, nodes: Sequence[fx.Node]) -> bool:
+def _independent(dependence: Dependence, nodes: Sequence[fx.Node]) -> bool:
     return len(nodes) == 2 and not (
         dependence.depends(nodes[0], nodes[1]) or dependence.depends(nodes[1], nodes[0])
     )
 
 
-def _works(dependence: _Dependence, source: fx.Node, node: fx.Node) -> bool:
+def _works(dependence: Dependence, source: fx.Node, node: fx.Node) -> bool:
     """True where the node's part of the region does a site's main work."""
     return _classify(dependence, source, node, node) is not None
 
 
 def _classify(
-    dependence: _Dependence, source: fx.Node, value: fx.Node, add: fx.Node
+    dependence: Dependence, source: fx.Node, value: fx.Node, add: fx.Node
 ) -> _Branch | None:
     if value is source or not dependence.depends(value, source):
         return None
@@ -258,15 +202,15 @@ def _classify(
 
 
 def _module_output(
-    dependence: _Dependence, source: fx.Node, value: fx.Node, anchors: Sequence[fx.Node]
+    dependence: Dependence, source: fx.Node, value: fx.Node, anchors: Sequence[fx.Node]
 ) -> fx.Node:
     """The module's own output where a norm behind it made the value (Mochi, Z-Image).
 
     Reusing what the module returned is what hooks on modules do, and it is as exact: the norm runs
     on the reused value.
     """
-    module = _enclosing_module(set(anchors), [])
-    if module is None or (_output_module(value) is not None and module in _stack(value)):
+    module = enclosing_module(set(anchors), [])
+    if module is None or (output_module(value) is not None and module in module_stack(value)):
         return value
     last = max(anchors, key=dependence.index.__getitem__)
     if last is value or not _is_linear(dependence, last):
@@ -279,62 +223,63 @@ def _module_output(
     return last
 
 
-def _in_series(dependence: _Dependence, linears: Sequence[fx.Node]) -> bool:
+def _in_series(dependence: Dependence, linears: Sequence[fx.Node]) -> bool:
     return any(dependence.depends(b, a) for i, b in enumerate(linears) for a in linears[:i])
 
 
-def _cores(dependence: _Dependence, region: list[fx.Node]) -> tuple[fx.Node, ...]:
+def _cores(dependence: Dependence, region: list[fx.Node]) -> tuple[fx.Node, ...]:
     """Attention cores: SDPA, or two products of activations in series (with or without softmax)."""
-    whole = [n for n in region if n.target in _ATTENTION or str(n.target) == "flex_attention"]
-    products = [n for n in region if n.target in _PRODUCTS and _mixes(dependence, n)]
+    whole = [n for n in region if n.target in ATTENTION or str(n.target) == "flex_attention"]
+    products = [n for n in region if n.target in PRODUCTS and _mixes(dependence, n)]
     if not _in_series(dependence, products):
         products = []
     return tuple(sorted([*whole, *products], key=dependence.index.__getitem__))
 
 
-def _mixes(dependence: _Dependence, node: fx.Node) -> bool:
+def _mixes(dependence: Dependence, node: fx.Node) -> bool:
     """True for a product of two activations of rank 3 or more."""
     factors = [n for n in node.all_input_nodes if not dependence.is_constant(n)]
-    return len(_shape(node)) >= 3 and len(factors) >= 2
+    return len(shape_of(node)) >= 3 and len(factors) >= 2
 
 
-def _is_linear(dependence: _Dependence, node: fx.Node) -> bool:
-    if node.target is aten.linear.default or node.target in _CONVOLUTIONS:
+def _is_linear(dependence: Dependence, node: fx.Node) -> bool:
+    if node.target is aten.linear.default or node.target in CONVOLUTIONS:
         return True
-    return node.target in _PRODUCTS and any(dependence.is_constant(n) for n in node.all_input_nodes)
+    return node.target in PRODUCTS and any(dependence.is_constant(n) for n in node.all_input_nodes)
 
 
-def _strip(node: fx.Node, through: set[Any]) -> fx.Node:
-    while node.target in through and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _shape(node: fx.Node) -> tuple[str, ...]:
-    value = node.meta.get("val")
-    return tuple(str(d) for d in value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-def _site(dependence: _Dependence, group: list[_Branch]) -> Site:
+def _site(dependence: Dependence, group: list[_Branch]) -> Site:
     anchors = {n for branch in group for n in (*branch.cores, *branch.linears)}
     adds = [add for branch in group for add in branch.adds]
     kind = _kind(dependence, group)
-    module = _enclosing_module(anchors, adds)
-    block = _common_module([*anchors, *adds])
+    module = enclosing_module(anchors, adds)
+    block = common_module([*anchors, *adds])
     return Site(
         name=module if module is not None else f"{block}:{kind.value}" if block else kind.value,
         kind=kind,
         values=tuple(
-            SiteValue(b.value.name, TensorSpec.of(b.value.meta["val"]), _output_module(b.value))
+            SiteValue(b.value.name, TensorSpec.of(b.value.meta["val"]), output_module(b.value))
             for b in group
         ),
         module=module,
+        source=group[0].source.name,
+        reader=_reader(dependence, group[0]),
+        residual=adds[-1].name,
+        cores=tuple(n.name for n in group[0].cores),
         anchors=tuple(n.name for n in sorted(anchors, key=dependence.index.__getitem__)),
         fused=any(_is_fused(dependence, branch) for branch in group),
     )
 
 
-def _kind(dependence: _Dependence, group: list[_Branch]) -> SiteKind:
+def _reader(dependence: Dependence, branch: _Branch) -> str | None:
+    """The innermost module that takes the stream as its input."""
+    for node in dependence.between(branch.source, branch.value):
+        if branch.source in node.all_input_nodes and (stack := module_stack(node)):
+            return stack[-1]
+    return None
+
+
+def _kind(dependence: Dependence, group: list[_Branch]) -> SiteKind:
     if not group[0].cores:
         return SiteKind.MLP
     if len({source for branch in group for source in branch.sources}) > 1:
@@ -347,10 +292,10 @@ def _kind(dependence: _Dependence, group: list[_Branch]) -> SiteKind:
     return SiteKind.ATTN
 
 
-def _is_fused(dependence: _Dependence, branch: _Branch) -> bool:
+def _is_fused(dependence: Dependence, branch: _Branch) -> bool:
     """True where the last projection takes attention and another branch of the block together."""
     for linear in branch.linears if branch.cores else ():
-        joined = _strip(linear.all_input_nodes[0], _VIEWS | _CASTS)
+        joined = strip(linear.all_input_nodes[0], VIEWS | CASTS)
         if joined.target is not aten.cat.default:
             continue
         parts = joined.all_input_nodes
@@ -358,40 +303,6 @@ def _is_fused(dependence: _Dependence, branch: _Branch) -> bool:
         if any(with_core) and not all(with_core):
             return True
     return False
-
-
-def _stack(node: fx.Node) -> list[str]:
-    """Module paths that the node was called in, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
-
-
-def _common_module(nodes: Sequence[fx.Node]) -> str:
-    common = _stack(nodes[0])
-    for node in nodes[1:]:
-        paths = set(_stack(node))
-        common = [path for path in common if path in paths]
-    return common[-1] if common else ""
-
-
-def _enclosing_module(anchors: set[fx.Node], adds: Sequence[fx.Node]) -> str | None:
-    """The innermost module that holds every anchor and none of the residual adds."""
-    holding = _stack(next(iter(anchors)))
-    for node in anchors:
-        paths = set(_stack(node))
-        holding = [path for path in holding if path in paths]
-    outside = {path for add in adds for path in _stack(add)}
-    inner = [path for path in holding if path not in outside]
-    return inner[-1] if inner else None
-
-
-def _output_module(value: fx.Node) -> str | None:
-    """The innermost module that returns the value: no one in it uses the value any more."""
-    stack = _stack(value)
-    if not stack or not stack[-1]:
-        return None
-    users = [user for user in value.users if stack[-1] in _stack(user)]
-    return None if users else stack[-1]
 
 
 def _with_unique_names(sites: tuple[Site, ...]) -> tuple[Site, ...]:

@@ -14,6 +14,7 @@ from .errors import SessionError
 from .program import Program
 from .spec import TensorSpec, evaluate
 from .tracking import Position, Track, Tracking, make_tracking
+from .variant import VALUES
 
 StepFunction = Callable[..., Sequence[Tensor]]  # a compiled variant
 
@@ -153,12 +154,20 @@ class Runner(nn.Module):
             (w.dtype for w in weights.values() if w.is_floating_point()), first.dtype
         )
         self._constants = {
-            (step, i): torch.tensor(numbers, dtype=torch.float32, device=self.device)
+            (step, i): torch.tensor(numbers, dtype=spec.dtype, device=self.device)
             for step, entry in enumerate(program.steps)
-            for i, numbers in enumerate(entry.constants)
+            for i, (numbers, spec) in enumerate(
+                zip(entry.constants, self._specs(step), strict=True)
+            )
         }
         self._session = Session(self)
         self.eval()
+
+    def _specs(self, step: int) -> tuple[TensorSpec, ...]:
+        """Specs of the step constants: the last inputs of the step's graph."""
+        entry = self.program.steps[step]
+        inputs = self.program.variants[entry.variant].inputs
+        return inputs[len(inputs) - len(entry.constants) :]
 
     def forward(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
         """Call the model for one step of the runner's own session; see :class:`Session`."""
@@ -206,7 +215,7 @@ class Runner(nn.Module):
             if keep:
                 values[site, value, step] = tensor
         freed = set(entry.frees)
-        for key in [key for key in values if (key[0], key[2]) in freed]:
+        for key in [k for k in values if (k[0], k[2], min(k[1], VALUES)) in freed]:
             del values[key]
         return outputs[:count]
 

@@ -12,36 +12,14 @@ from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    PlainSerializer,
-)
+from pydantic import BeforeValidator, Field, FiniteFloat, PlainSerializer
 
 from .errors import nearest
 from .schedule_problems import Problem, describe, refuse
+from .schedule_sections import PolicySection, Section
+from .schedule_tokens import DucaPolicy, TocaPolicy
 
 _NOTHING_YET = "nothing has been computed yet"
-
-
-class Section(BaseModel):
-    """A part of a schedule: nothing unknown, nothing converted, nothing changed later.
-
-    Every field has a description that completes "expected ...": error messages show it.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class PolicySection(Section):
-    """What is computed when; a subclass has a ``method``."""
-
-    def problems(self, steps: int) -> Iterator[Problem]:
-        """What is wrong with the policy on so many steps, as far as no model is needed to tell."""
-        yield from ()
 
 
 class FullPolicy(PolicySection):
@@ -317,6 +295,13 @@ class GOCCorrection(Section):
 
 
 Policy = Annotated[
-    FullPolicy | FoRAPolicy | TablePolicy | RouterPolicy | SmoothCachePolicy | TaylorSeerPolicy,
+    FullPolicy
+    | FoRAPolicy
+    | TablePolicy
+    | RouterPolicy
+    | SmoothCachePolicy
+    | TaylorSeerPolicy
+    | TocaPolicy
+    | DucaPolicy,
     Field(discriminator="method"),
 ]

@@ -17,6 +17,7 @@ class SiteKind(StrEnum):
     ATTN = "attn"  # self or joint attention
     CROSS_ATTN = "cross_attn"  # keys from another source than the stream
     MLP = "mlp"
+    STACK = "stack"  # all blocks together; only a policy that skips them whole makes it a site
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Site:
         kind: attention, cross-attention or mlp.
         values: what is kept, before the gate multiplication.
         module: path of the module that holds the whole region, or None.
+        source: node of the stream that the site reads and is added to.
+        reader: path of the module that takes the stream, or None.
+        residual: node of that addition; the last of them where there are several values.
+        cores: attention cores among the anchors.
         anchors: nodes that do the site's main work (attention cores and linears); none of them
             may be left in a step that reuses the site.
         fused: one projection serves attention and mlp (single blocks of FLUX).
@@ -57,6 +62,10 @@ class Site:
     anchors: tuple[str, ...]
     fused: bool = False
     call: int = 0
+    source: str = ""
+    reader: str | None = None
+    residual: str = ""
+    cores: tuple[str, ...] = ()
 
 
 def select_sites(

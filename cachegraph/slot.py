@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from .spec import TensorSpec
+
+# What a site keeps beside its values, in place of a value's index.
+ORDER = -1  # (B, J, N) int64: tokens to recompute in the J partial steps that follow, best first
+AGE = -2  # (B, N) float32: partial steps since each token was recomputed
+SCORE = -3  # (B, N) float32: entropy of each token's row of the attention map
+EXTRAS = {ORDER: "order", AGE: "age", SCORE: "score"}
+
+Numbers = tuple["float | int | Numbers", ...]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor kept between steps: a value of a site, as a step's graph sees it.
+    """One tensor kept between steps, as a step's graph sees it: a value, or an order of tokens.
 
     Attributes:
         site: name of the site.
-        value: which of the site's values (joint attention has one per stream).
+        value: which of the site's values (joint attention has one per stream), or one of EXTRAS.
         age: position among the values that the step uses, 0 = newest.
         spec: shape and dtype.
     """
@@ -25,8 +34,20 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """``blocks.3.attn#0``, with ``@1`` for the second newest value."""
+        """``blocks.3.attn#0``, with ``@1`` for the second newest value; ``blocks.3.mlp:order``."""
+        if self.value in EXTRAS:
+            return f"{self.site}:{EXTRAS[self.value]}"
         return f"{self.site}#{self.value}" + (f"@{self.age}" if self.age else "")
+
+
+class ConstantKind(StrEnum):
+    """What the numbers of a step constant are."""
+
+    COEFFICIENTS = "coefficients"  # (m,) float32: weights of a forecast
+    TOKENS = "tokens"  # (k,) int64, 0 .. k-1: its length says how many tokens are recomputed
+    AGE = "age"  # (1,) int64: how many partial steps came before this one
+    STEP = "step"  # (1,) int64: number of the step, for random scores
+    COUNTS = "counts"  # (L, J) int64: tokens of L sites in the J partial steps that follow
 
 
 @dataclass(frozen=True)
@@ -36,9 +57,11 @@ class StepConstant:
     Attributes:
         name: of the graph input.
         sites: the sites that use it.
-        values: step -> numbers, all of one length; float32 in the graph.
+        values: step -> numbers, nested as the tensor is.
+        kind: what the numbers are.
     """
 
     name: str
     sites: tuple[str, ...]
-    values: dict[int, tuple[float, ...]]
+    values: dict[int, Numbers]
+    kind: ConstantKind

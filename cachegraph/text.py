@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .action import Compute, Forecast, Reuse
+from .action import Action, Compute, Forecast, Refresh, Reuse
 from .graph import CONSTANT, ORIGIN, SLOT, StepGraph
 from .ops import CACHE_OPS
-from .plan import Variant
 from .site import Site
 from .spec import short_dtype, spec_text
+from .variant import Variant
 
 _WIDTH = 72  # column at which specs begin
 _END = 2**63 - 1  # what a slice to the end is exported as
@@ -64,8 +64,8 @@ def variant_line(variant: Variant, sites: Sequence[Site]) -> str:
     return "  ".join([f"{variant.name}  steps {steps}", *actions])
 
 
-def action_word(action: Compute | Reuse | Forecast) -> str:
-    """``compute``, ``reuse`` or ``forecast(2)``."""
+def action_word(action: Action) -> str:
+    """``compute``, ``reuse``, ``forecast(2)`` or ``refresh`` (of how many is a step constant)."""
     match action:
         case Compute():
             return "compute"
@@ -73,6 +73,8 @@ def action_word(action: Compute | Reuse | Forecast) -> str:
             return "reuse"
         case Forecast():
             return f"forecast({len(action.sources)})"
+        case Refresh():
+            return "refresh"
 
 
 def digest(text: str) -> str:

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from .errors import ModelError, SiteError, TraceError
 from .graph import VALUE
-from .regions import find_sites
+from .regions import find_sites, find_stack
 from .signature import CallSignature, call_arguments, make_signature
 from .site import Site
 from .spec import TensorSpec
@@ -45,6 +45,7 @@ class TracedModel:
     Attributes:
         module: flat: tensors in signature order in, a tuple of tensors out.
         sites: what can be kept between steps.
+        stack: all blocks as one site, where they form one chain.
         signature: how calls map to the graph's inputs and outputs.
         batch: the symbol that stands for the batch, or None where it is fixed.
         symbols: shape symbols with the sizes of the example inputs.
@@ -54,6 +55,7 @@ class TracedModel:
 
     module: fx.GraphModule
     sites: tuple[Site, ...]
+    stack: Site | None
     signature: CallSignature
     batch: str | None
     symbols: Mapping[str, int]
@@ -130,10 +132,12 @@ def _finish(
             expected="residual adds whose branch holds attention or two linears in series",
             found=_operations(module.graph),
         )
-    _mark_values(module, sites)
+    stack = find_stack(module.graph, sites)
+    _mark_values(module, sites if stack is None else (*sites, stack))
     return TracedModel(
         module=module,
         sites=sites,
+        stack=stack,
         signature=signature,
         batch=None if isinstance(first, int) else first,
         symbols=symbols,

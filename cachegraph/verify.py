@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from . import ops
-from .action import Compute, Forecast, Reuse, sources
+from .action import Compute, Forecast, Refresh, Reuse, sources
 from .errors import VerifyError
 from .graph import CONSTANT, SLOT, VALUE, Stage, StepGraph, copy_module
+from .slot import EXTRAS, Slot
 from .spec import spec_text
 from .text import graph_text
+from .variant import extra_spec
 
 Broken = tuple[str, str, str]  # what, site, node
 _INLINE_CONSTANT_BYTES = 64 * 1024
@@ -99,12 +101,7 @@ def _inputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
     for node, traced in zip(nodes, given.traced.find_nodes(op="placeholder"), strict=False):
         if node.target != traced.target or _spec(node) != _spec(traced):
             yield f"expected the model's input {traced.target}: {_spec(traced)}", "", node.name
-    expected = [
-        (site.name, value, age)
-        for site, action in zip(step.sites, step.variant.row, strict=True)
-        for value in range(len(site.values))
-        for age in range(len(sources(action)))
-    ]
+    expected = _expected_reads(step)
     position = -1
     for node in nodes:
         if SLOT not in node.meta:
@@ -119,6 +116,17 @@ def _inputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
             yield f"the input is {_spec(node)}, the slot {slot.spec}", slot.site, node.name
         else:
             position = expected.index(key)
+
+
+def _expected_reads(step: StepGraph) -> list[tuple[str, int, int]]:
+    """(site, value, age) of every slot that the row may read, in table order."""
+    expected = []
+    for site, action in zip(step.sites, step.variant.row, strict=True):
+        ages = range(len(sources(action)))
+        expected += [(site.name, value, age) for value in range(len(site.values)) for age in ages]
+        if not isinstance(action, Compute):
+            expected += [(site.name, part, 0) for part in EXTRAS]
+    return expected
 
 
 def _spec(node: fx.Node) -> str:
@@ -136,23 +144,28 @@ def _outputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
     for traced, node in zip(returned, step.outputs, strict=False):
         if _spec(node) != _spec(traced):
             yield f"the model returns {_spec(traced)} here, not {_spec(node)}", "", node.name
-    for (site, value), node in zip(expected, step.outputs[step.model_outputs :], strict=True):
-        spec = next(s for s in step.sites if s.name == site).values[value].spec
+    for slot, node in zip(expected, step.outputs[step.model_outputs :], strict=True):
         if step.stage is Stage.CACHED and node.target is not ops.write:
-            yield "a write is not a cache.write", site, node.name
-        elif step.stage is Stage.CACHED and node.meta[SLOT].name != f"{site}#{value}":
-            yield f"expected the write of {site}#{value}", site, node.name
-        elif _spec(node) != str(spec):
-            yield f"the write is {_spec(node)}, the slot {spec}", site, node.name
+            yield "a write is not a cache.write", slot.site, node.name
+        elif step.stage is Stage.CACHED and node.meta[SLOT].name != slot.name:
+            yield f"expected the write of {slot.name}", slot.site, node.name
+        elif _spec(node) != str(slot.spec):
+            yield f"the write is {_spec(node)}, the slot {slot.spec}", slot.site, node.name
 
 
-def _expected_writes(step: StepGraph) -> list[tuple[str, int]]:
-    return [
-        (site.name, value)
+def _expected_writes(step: StepGraph) -> list[Slot]:
+    values = [
+        Slot(site.name, i, 0, value.spec)
         for site, written in zip(step.sites, step.variant.writes, strict=True)
         if written
-        for value in range(len(site.values))
+        for i, value in enumerate(site.values)
     ]
+    extras = [
+        Slot(site.name, part, 0, extra_spec(site, part, step.order_depth))
+        for site, parts in zip(step.sites, step.variant.extras, strict=True)
+        for part in parts
+    ]
+    return values + extras
 
 
 def _no_input_is_output(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -271,7 +284,7 @@ def _row_and_graph_agree(step: StepGraph, given: Given) -> Iterator[Broken]:
                 missing = [v.node for v in site.values if v.node in computed - alive]
                 if missing:
                     yield "the row computes the site, the graph does not", site.name, missing[0]
-            case Reuse() | Forecast():
+            case Reuse() | Forecast() | Refresh():
                 left = [a for a in site.anchors if a in alive - computed]
                 if left:
                     yield "the row reuses the site, its work is left", site.name, left[0]
@@ -292,18 +305,38 @@ def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str,
     row = dict(zip((site.name for site in step.sites), step.variant.row, strict=True))
     values = {n.meta[VALUE]: n for n in traced.nodes if VALUE in n.meta}
     outputs = traced.output_node().all_input_nodes
-    todo = [*outputs, *(values[key] for key in _expected_writes(step))]
+    written = [slot for slot in _expected_writes(step) if slot.value not in EXTRAS]
+    todo = [*outputs, *(values[slot.site, slot.value] for slot in written)]
+    sources = {site.name: site.source for site in step.sites}
     computed: set[str] = set()
     reused: set[tuple[str, int]] = set()
     while todo:
         node = todo.pop()
         key = node.meta.get(VALUE)
-        if key is not None and not isinstance(row[key[0]], Compute):
+        if key is not None and not isinstance(row.get(key[0], Compute()), Compute):
+            if key not in reused and isinstance(row[key[0]], Refresh):
+                todo += _around(node, sources[key[0]])
             reused.add(key)
         elif node.name not in computed:
             computed.add(node.name)
             todo += node.all_input_nodes
     return computed, reused
+
+
+def _around(value: fx.Node, source: str) -> list[fx.Node]:
+    """What the region between a site's source and its value takes from outside of it."""
+    inside, outside, queue = {value}, [], [value]
+    carries: dict[fx.Node, bool] = {}  # node -> whether the source is behind it
+    for node in value.graph.nodes:
+        carries[node] = node.name == source or any(carries[a] for a in node.all_input_nodes)
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            if node.name == source or not carries[node]:
+                outside.append(node)
+            elif node not in inside:
+                inside.add(node)
+                queue.append(node)
+    return outside
 
 
 def _no_large_inline_constants(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -327,6 +360,8 @@ def _text_is_reproducible(step: StepGraph, given: Given) -> Iterator[Broken]:
         step.stage,
         step.model_inputs,
         step.model_outputs,
+        step.selection,
+        step.order_depth,
     )
     if text != graph_text(copy):
         yield "the text of a copy differs", "", "-"

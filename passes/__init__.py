@@ -10,11 +10,13 @@ if __name__ != "cachegraph.passes":
 
 from cachegraph.graph import Pass
 from cachegraph.passes.drop_dead import DropDead
+from cachegraph.passes.gather_tokens import GatherTokens
 from cachegraph.passes.insert_cache import InsertCache
 from cachegraph.passes.lower import Lower
 
 PIPELINE: tuple[Pass, ...] = (
     InsertCache(),  # first: everything below looks at what its reads made superfluous
+    GatherTokens(),  # while the whole region is still there to be copied
     DropDead(),  # before lowering: a read whose value nobody uses takes its slot with it
     Lower(),  # last: no later pass knows cache operations
 )

@@ -1,4 +1,4 @@
-"""Turn cache operations into plain inputs, outputs and arithmetic."""
+"""Turn cache operations into plain inputs, outputs and aten operators."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachegraph import ops
 from cachegraph.graph import ORIGIN, Origin, Stage, StepGraph
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class Lower:
-    """Replace ``cache.read`` by the slot, ``cache.write`` by its value, a forecast by its sum.
+    """Replace ``cache.read`` by the slot, ``cache.write`` by its value, the rest by aten operators.
 
     Before::
 
@@ -44,11 +43,11 @@ class Lower:
         for node in list(step.graph.nodes):
             if node.target not in ops.CACHE_OPS:
                 continue
-            if node.target is ops.forecast:
-                with step.graph.inserting_before(node):
-                    result = _weighted_sum(step.graph, node)
-            else:
+            if node.target in (ops.read, ops.write):
                 result = node.args[0]
+            else:
+                with step.graph.inserting_before(node):
+                    result = _traced(step.graph, node)
             node.replace_all_uses_with(result, propagate_meta=False)
             step.graph.erase_node(node)
             lowered += 1
@@ -56,20 +55,37 @@ class Lower:
         return lowered
 
 
-def _weighted_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    values: Any = node.args[0]
-    coefficients = node.args[1]
-    total: fx.Node | None = None
-    for i, value in enumerate(values):
-        weight = graph.call_function(aten.select.int, (coefficients, 0, i))
-        term = graph.call_function(aten.mul.Tensor, (value, weight))
-        made = [weight, term]
-        if total is not None:
-            term = graph.call_function(aten.add.Tensor, (total, term))
-            made.append(term)
-        total = term
-        for new in made:
-            new.meta[ORIGIN] = Origin(Lower.name, node.meta[ORIGIN].site)
-    if total is None:
-        raise ValueError("a forecast without values")
-    return total
+def _traced(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Trace the operation's own definition and put what it does into the graph."""
+    tensors = node.all_input_nodes
+    # Tracing tells values apart by identity, and two inputs may share one recorded value.
+    values = [t.meta["val"].detach() for t in tensors]
+    function: Any = node.target
+
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        by_node = dict(zip(tensors, given, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), by_node.__getitem__)
+        return function(*args, **kwargs)
+
+    with values[0].fake_mode, torch.no_grad():
+        body = make_fx(call, tracing_mode="real")(*values)
+    body.graph.eliminate_dead_code()
+    holders = body.graph.find_nodes(op="placeholder")
+    copied: dict[fx.Node, fx.Node] = dict(zip(holders, tensors, strict=True))
+    result = node
+    for inner in body.graph.nodes:
+        if inner.op == "output":
+            result = copied[inner.args[0]]
+        elif inner.op == "call_function":
+            copied[inner] = graph.create_node(
+                inner.op,
+                inner.target,
+                fx.node.map_arg(inner.args, copied.__getitem__),
+                fx.node.map_arg(inner.kwargs, copied.__getitem__),
+                name=f"{node.name}_{len(copied) - len(holders)}",
+            )
+            copied[inner].meta = {"val": inner.meta["val"]} if "val" in inner.meta else {}
+            copied[inner].meta[ORIGIN] = Origin(Lower.name, node.meta[ORIGIN].site)
+        elif inner.op != "placeholder":
+            raise NotImplementedError(f"{inner.op} in the definition of {function.__name__}")
+    return result

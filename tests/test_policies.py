@@ -128,7 +128,8 @@ def test_row_that_does_not_fit_the_model_is_named_with_its_line(tmp_path: Path) 
         "expected 4 numbers, one a site (4 sites: blocks.0.attn (attn), blocks.0.mlp (mlp), "
         "blocks.1.attn (attn), blocks.1.mlp (mlp)); found 3"
     )
-    assert len(make_rows(load_schedule(path), sites(1, tuple(SiteKind)))) == 3
+    three = (SiteKind.ATTN, SiteKind.CROSS_ATTN, SiteKind.MLP)
+    assert len(make_rows(load_schedule(path), sites(1, three))) == 3
 
 
 # --- which sites the policy rules

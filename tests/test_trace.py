@@ -241,6 +241,7 @@ def test_graph_is_flat_and_marked() -> None:
     nodes = list(found.module.graph.nodes)
     assert {n.op for n in nodes} == {"placeholder", "get_attr", "call_function", "output"}
     marked = {n.meta[VALUE]: n.name for n in nodes if VALUE in n.meta}
+    assert marked.pop(("stack", 0)) == "add_0"
     assert marked == {("mlp", 0): found.sites[0].values[0].node}
     assert all("val" in n.meta for n in nodes if n.op != "output")
 

@@ -35,8 +35,10 @@ class Inductor:
         many = torch.compile(module, fullgraph=True, dynamic=None)
         marked = False
 
-        def call(*tensors: Tensor) -> Sequence[Tensor]:
+        def call(*given: Tensor) -> Sequence[Tensor]:
             nonlocal marked
+            # torch compiles anew for a view that begins elsewhere in its storage.
+            tensors = [t.clone() if t.storage_offset() else t for t in given]
             if any(tensors[i].shape[dim] == 1 for i, dim in dynamic):
                 return one(*tensors)
             if not marked:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from cachegraph.action import Compute, Reuse, Row
+from cachegraph.plan import Plan, make_plan
 from cachegraph.schedule import Schedule
 from cachegraph.schedule_policies import (
     FoRAPolicy,
@@ -18,9 +19,12 @@ from cachegraph.schedule_policies import (
     TablePolicy,
     TaylorSeerPolicy,
 )
-from cachegraph.site import Site, select_sites
+from cachegraph.schedule_tokens import DucaPolicy, TokenPolicy
+from cachegraph.selection import Selection
+from cachegraph.site import Site, SiteKind, select_sites
+from cachegraph.trace import TracedModel
 
-from . import correction, fora, router, smoothcache, table, taylorseer
+from . import correction, fora, router, smoothcache, table, taylorseer, toca
 
 Decisions = Sequence[Sequence[bool]]  # [step][site]: True where the site is computed
 
@@ -31,28 +35,68 @@ def make_rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
     Args:
         schedule: what the user asked for.
         sites: every site of the model; those that ``schedule.sites`` leaves out are computed.
+            So is a ``stack``, unless the policy is one that skips it.
 
     Raises:
         SiteError: the schedule's globs match nothing.
         PlanError: the schedule does not fit the model.
     """
-    chosen = select_sites(
-        sites,
-        kinds=schedule.sites.kinds,
-        include=schedule.sites.include,
-        exclude=schedule.sites.exclude,
-        place=schedule.where("sites"),
-    )
+    chosen = _chosen(schedule, sites)
+    ruled = chosen
+    if isinstance(schedule.policy, DucaPolicy):
+        ruled |= {site.name for site in sites if site.kind == SiteKind.STACK}
     rows = tuple(
-        tuple(a if site.name in chosen else Compute() for a, site in zip(row, sites, strict=True))
-        for row in _rows(schedule, sites)
+        tuple(a if site.name in ruled else Compute() for a, site in zip(row, sites, strict=True))
+        for row in _rows(schedule, sites, chosen)
     )
     if schedule.correction is not None:
         rows = correction.correct(schedule, schedule.correction, rows, sites)
     return rows
 
 
-def _rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
+def plan_of(schedule: Schedule, traced: TracedModel) -> Plan:
+    """The plan of a schedule for a model.
+
+    Raises:
+        SiteError: the schedule's globs match nothing.
+        PlanError: the schedule does not fit the model.
+    """
+    sites = traced.sites
+    if isinstance(schedule.policy, DucaPolicy) and traced.stack is not None:
+        sites = (*sites, traced.stack)
+    return make_plan(
+        sites,
+        make_rows(schedule, sites),
+        selection=make_selection(schedule, sites),
+        max_variants=schedule.max_variants,
+        place=schedule.where("max_variants"),
+    )
+
+
+def make_selection(schedule: Schedule, sites: Sequence[Site]) -> Selection | None:
+    """How the schedule's policy chooses tokens; None where it chooses none.
+
+    Raises:
+        SiteError: the schedule's globs match nothing.
+        PlanError: the policy's choice does not fit the model.
+    """
+    policy = schedule.policy
+    if not isinstance(policy, TokenPolicy) or not policy.fresh_ratio:
+        return None
+    return toca.selection(schedule, policy, sites, _chosen(schedule, sites))
+
+
+def _chosen(schedule: Schedule, sites: Sequence[Site]) -> frozenset[str]:
+    return select_sites(
+        sites,
+        kinds=schedule.sites.kinds,
+        include=schedule.sites.include,
+        exclude=schedule.sites.exclude,
+        place=schedule.where("sites"),
+    )
+
+
+def _rows(schedule: Schedule, sites: Sequence[Site], chosen: frozenset[str]) -> tuple[Row, ...]:
     policy = schedule.policy
     match policy:
         case FullPolicy():
@@ -69,6 +113,8 @@ def _rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
         case TaylorSeerPolicy():
             actions = taylorseer.actions(policy, schedule.steps)
             return tuple((action,) * len(sites) for action in actions)
+        case TokenPolicy():
+            return toca.rows(schedule, policy, sites, chosen)
         case _:
             assert_never(policy)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cachegraph.action import Action, Compute, Forecast, Reuse, Row
+from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse, Row
 from cachegraph.errors import PlanError
 from cachegraph.schedule import Schedule
 from cachegraph.schedule_policies import GOCCorrection
@@ -71,7 +71,7 @@ def _made_at(action: Action, step: int) -> int:
     match action:
         case Reuse(source):
             return source
-        case Compute() | Forecast():
+        case Compute() | Forecast() | Refresh():
             return step
 
 

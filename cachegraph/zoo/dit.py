@@ -6,108 +6,32 @@ facebookresearch/DiT. Published checkpoints load without renaming, and outputs a
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cachegraph.errors import ModelError
-
-FREQUENCIES = 256  # width of the sinusoidal timestep embedding, in all published sizes
-CFG_CHANNELS = 3  # the published code guides three of the four latent channels
-
-
-class DiTSize(NamedTuple):
-    """One published model size."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-
+from cachegraph.zoo.layers import (
+    Attention,
+    Mlp,
+    ModelSize,
+    PatchEmbed,
+    TimestepEmbedder,
+    arch_name,
+    check_divides,
+    check_shape,
+    guide,
+    modulate,
+    plain_norm,
+    position_embedding,
+    unpatchify,
+)
 
 SIZES = {
-    "S": DiTSize(12, 384, 6),
-    "B": DiTSize(12, 768, 12),
-    "L": DiTSize(24, 1024, 16),
-    "XL": DiTSize(28, 1152, 16),
+    "S": ModelSize(12, 384, 6),
+    "B": ModelSize(12, 768, 12),
+    "L": ModelSize(24, 1024, 16),
+    "XL": ModelSize(28, 1152, 16),
 }
 PATCH_SIZES = (2, 4, 8)
-
-
-def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
-    """Cosines, then sines, of ``t`` at geometrically spaced frequencies.
-
-    Args:
-        t: timesteps ``(B,)``, integer or fractional.
-        width: even number of features.
-        max_period: longest period, in timesteps over 2 pi.
-
-    Returns:
-        ``(B, width)`` in float32.
-    """
-    half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angle = t[:, None].float() * torch.exp(-math.log(max_period) * exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-def position_embedding(width: int, grid_size: int) -> Tensor:
-    """Fixed sine-cosine embedding of a square token grid, in row-major order.
-
-    The first half of the features encodes the column, the second half the row; each half holds
-    sines, then cosines.
-
-    Args:
-        width: number of features, a multiple of 4.
-        grid_size: tokens along one side.
-
-    Returns:
-        ``(1, grid_size**2, width)`` in float32.
-    """
-    quarter = width // 4
-    # float64 as in the published code: float32 angles would differ in the last digits
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)
-    column = line.repeat(grid_size, 1)
-    row = line.repeat_interleave(grid_size, dim=0)
-    return torch.cat([column, row], dim=1).float()[None]
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift`` with ``x (B, N, C)`` and per-sample ``(B, C)`` modulation."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class PatchEmbed(nn.Module):
-    """Cuts an image ``(B, C_in, H, W)`` into patches and embeds them: ``(B, N, C)``."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C_in, H, W)`` to ``(B, N, C)``."""
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """Embeds timesteps ``(B,)`` as ``(B, C)``."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        """``(B,)`` to ``(B, C)``."""
-        embedding = timestep_embedding(t, FREQUENCIES)
-        dtype = next(self.mlp.parameters()).dtype
-        # a cast that does nothing would still be a node of the traced graph
-        return self.mlp(embedding if dtype == torch.float32 else embedding.to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -131,52 +55,15 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over ``(B, N, C)``."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, C / H)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between, per token."""
-
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(inner_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``."""
-        return self.fc2(self.act(self.fc1(x)))
-
-
-def _plain_norm(hidden_size: int) -> nn.LayerNorm:
-    """A LayerNorm without parameters: scale and shift come from the condition instead."""
-    return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-
-
 class Block(nn.Module):
     """Transformer block whose shifts, scales and gates come from the condition (adaLN-Zero)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = _plain_norm(hidden_size)
+        self.norm1 = plain_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = _plain_norm(hidden_size)
-        self.mlp = Mlp(hidden_size, round(hidden_size * mlp_ratio))
+        self.norm2 = plain_norm(hidden_size)
+        self.mlp = Mlp(hidden_size, round(hidden_size * mlp_ratio), hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -191,7 +78,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = _plain_norm(hidden_size)
+        self.norm_final = plain_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
@@ -237,14 +124,16 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
     ) -> None:
         super().__init__()
-        _check_divides("input_size", input_size, "patch_size", patch_size)
-        _check_divides("hidden_size", hidden_size, "num_heads", num_heads)
-        _check_divides("hidden_size", hidden_size, "the 4 parts of pos_embed", 4)
+        check_divides("input_size", input_size, "patch_size", patch_size)
+        check_divides("hidden_size", hidden_size, "num_heads", num_heads)
+        check_divides("hidden_size", hidden_size, "the 4 parts of pos_embed", 4)
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.num_classes = in_channels, num_classes
         self.num_heads, self.learn_sigma = num_heads, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.arch = _arch_name(DiTSize(depth, hidden_size, num_heads), patch_size, mlp_ratio)
+        size = ModelSize(depth, hidden_size, num_heads)
+        known = mlp_ratio == 4 and patch_size in PATCH_SIZES
+        self.arch = arch_name("DiT", SIZES if known else {}, size, patch_size)
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -270,17 +159,13 @@ class DiT(nn.Module):
             ModelError: ``x`` has another number of channels, height or width.
         """
         wanted = (self.in_channels, self.input_size, self.input_size)
-        if tuple(x.shape[1:]) != wanted:
-            raise ModelError(
-                f"input of {self.arch} has the wrong shape",
-                expected=f"(B, {', '.join(map(str, wanted))})",
-                found=str(tuple(x.shape)),
-            )
+        check_shape(f"input of {self.arch}", x, wanted)
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c)
-        return self._unpatchify(self.final_layer(x, c))
+        side = self.input_size // self.patch_size
+        return unpatchify(self.final_layer(x, c), self.patch_size, side)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance on a doubled batch [cond; uncond].
@@ -303,10 +188,7 @@ class DiT(nn.Module):
         """
         half = x[: x.shape[0] // 2]
         out = self.forward(torch.cat([half, half]), t, y)
-        guided = CFG_CHANNELS if self.in_channels > CFG_CHANNELS else self.in_channels
-        cond, uncond = out[:, :guided].chunk(2)
-        noise = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
+        return guide(out, self.in_channels, cfg_scale)
 
     def example_inputs(
         self, batch: int = 2, device: torch.device | str | None = None
@@ -328,26 +210,3 @@ class DiT(nn.Module):
         y = torch.arange(batch, dtype=torch.int64, device="cpu") % self.num_classes
         target = weight.device if device is None else torch.device(device)
         return (x.to(target, weight.dtype), t.to(target), y.to(target)), {}
-
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """``(B, N, patch * patch * C_out)`` to ``(B, C_out, H, W)``."""
-        side, patch = self.input_size // self.patch_size, self.patch_size
-        x = x.reshape(x.shape[0], side, side, patch, patch, self.out_channels)
-        x = x.permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
-
-
-def _arch_name(size: DiTSize, patch_size: int, mlp_ratio: float) -> str:
-    for letter, known in SIZES.items():
-        if size == known and patch_size in PATCH_SIZES and mlp_ratio == 4:
-            return f"DiT-{letter}/{patch_size}"
-    return "DiT custom"
-
-
-def _check_divides(name: str, value: int, by_name: str, by: int) -> None:
-    if by < 1 or value < 1 or value % by:
-        raise ModelError(
-            f"{name} {value} cannot be divided by {by_name}",
-            expected=f"a positive multiple of {by}",
-            found=str(value),
-        )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,99 +13,9 @@ from torch import nn
 from cachegraph.errors import ModelError, nearest
 from cachegraph.zoo.checkpoint import SUFFIXES, list_names, read_tensors
 from cachegraph.zoo.digits import load_digits_model
-from cachegraph.zoo.dit import PATCH_SIZES, SIZES, DiT
-
-Shapes = Mapping[str, tuple[int, ...]]
-Options = Mapping[str, int]
+from cachegraph.zoo.families import ARCHITECTURES, Architecture, Options, Shapes
 
 PRESETS = {"digits": load_digits_model}
-
-
-class Architecture(Protocol):
-    """A family of models whose state dicts can be recognised."""
-
-    @property
-    def name(self) -> str:
-        """The family as written in ``arch``, such as ``DiT``."""
-        ...
-
-    @property
-    def sizes(self) -> Mapping[str, Options]:
-        """Published sizes by name, such as ``DiT-XL/2``, with the options that make them."""
-        ...
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What ``arch="NAME(option=1)"`` can say."""
-        ...
-
-    def matches(self, shapes: Shapes) -> bool:
-        """Whether a state dict with these names and shapes is of this family."""
-        ...
-
-    def infer(self, shapes: Shapes, metadata: Mapping[str, str], options: Options) -> nn.Module:
-        """The model that the shapes tell of; ``options`` come before what is seen in them."""
-        ...
-
-    def create(self, input_size: int, options: Options) -> nn.Module:
-        """A model from options alone; the rest is as the family's code has it by default."""
-        ...
-
-
-@dataclass(frozen=True)
-class DiTArchitecture:
-    """State dicts with the names of facebookresearch/DiT."""
-
-    name: str = "DiT"
-    options: tuple[str, ...] = (
-        *("patch_size", "in_channels", "hidden_size"),
-        *("depth", "num_heads", "num_classes"),
-    )
-
-    @property
-    def sizes(self) -> Mapping[str, Options]:
-        """S, B, L and XL with patches of 2, 4 and 8."""
-        return {
-            f"DiT-{letter}/{patch}": {"patch_size": patch, **size._asdict()}
-            for letter, size in SIZES.items()
-            for patch in PATCH_SIZES
-        }
-
-    def matches(self, shapes: Shapes) -> bool:
-        """By the three embedders; a class table tells DiT from its text-conditioned relatives."""
-        marks = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.0.")
-        return all(any(key.startswith(mark) for key in shapes) for mark in marks)
-
-    def infer(self, shapes: Shapes, metadata: Mapping[str, str], options: Options) -> DiT:
-        """Everything but the number of heads is in the shapes."""
-        hidden, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
-        classes, _ = _shape(shapes, "y_embedder.embedding_table.weight", 2)
-        inner, _ = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)
-        outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
-        _, tokens, _ = _shape(shapes, "pos_embed", 3)
-        seen = {
-            "patch_size": patch,
-            "in_channels": channels,
-            "hidden_size": hidden,
-            "depth": _depth(shapes),
-            "num_classes": classes - 1,  # the last row is the null class
-        } | dict(options)
-        if "num_heads" not in seen:
-            seen["num_heads"] = _heads(hidden, metadata)
-        return DiT(
-            input_size=_side(tokens) * seen["patch_size"],
-            mlp_ratio=inner / hidden,
-            class_dropout_prob=0.1 if classes > seen["num_classes"] else 0.0,
-            learn_sigma=outputs != patch * patch * channels,
-            **seen,
-        )
-
-    def create(self, input_size: int, options: Options) -> DiT:
-        """What the options do not say is as in DiT-XL/2."""
-        return DiT(input_size=input_size, learn_sigma=True, **options)
-
-
-ARCHITECTURES: tuple[Architecture, ...] = (DiTArchitecture(),)
 
 
 def load_model(
@@ -118,8 +25,8 @@ def load_model(
 
     All sizes are read from the shapes, except the number of attention heads, which leaves no
     trace in them. It is, in this order: what ``arch`` says, the metadata key ``num_heads`` of a
-    ``.safetensors`` file, the published number for the widths of DiT-S, B, L and XL (6, 12, 16,
-    16). Any other width without either is refused, for a guess would give wrong images.
+    ``.safetensors`` file, the published number for the widths of DiT-S, B, L and XL and PixArt-XL.
+    Any other width without either is refused, for a guess would give wrong images.
 
     Args:
         path: ``.pt``, ``.pth`` or ``.safetensors`` file with a state dict, plain or under the
@@ -291,45 +198,3 @@ def _check_shapes(model: nn.Module, shapes: Shapes, path: Path) -> None:
             expected=f"{len(wanted)} tensors of {getattr(model, 'arch', type(model).__name__)}",
             found=found,
         )
-
-
-def _shape(shapes: Shapes, key: str, dimensions: int) -> tuple[int, ...]:
-    if key not in shapes:
-        raise ModelError("the weights lack a tensor that tells the model's size", expected=key)
-    if len(shapes[key]) != dimensions or 0 in shapes[key]:
-        raise ModelError(
-            f"tensor {key} has the wrong shape",
-            expected=f"{dimensions} dimensions, none of them 0",
-            found=str(shapes[key]),
-        )
-    return shapes[key]
-
-
-def _depth(shapes: Shapes) -> int:
-    """The number of blocks; counted, for the highest index of a hostile file may be any number."""
-    return len({match[0] for key in shapes if (match := re.match(r"blocks\.\d+\.", key))})
-
-
-def _side(tokens: int) -> int:
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ModelError(
-            "pos_embed is not of a square image",
-            expected="a square number of tokens",
-            found=str(tokens),
-        )
-    return side
-
-
-def _heads(hidden: int, metadata: Mapping[str, str]) -> int:
-    if (said := metadata.get("num_heads", "")).isdecimal():
-        return int(said)
-    for size in SIZES.values():
-        if size.hidden_size == hidden:
-            return size.num_heads
-    raise ModelError(
-        f"the number of attention heads of a DiT of width {hidden} cannot be told from its weights",
-        expected=f"a published width ({', '.join(str(s.hidden_size) for s in SIZES.values())}), "
-        "or the metadata key num_heads in a .safetensors file",
-        remedy="say it, such as arch='DiT(num_heads=4)'",
-    )

@@ -1,0 +1,152 @@
+"""Structure of a traced graph: what operations do to a stream, who depends on whom, modules."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.expand.default,
+}
+CASTS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.type_as.default,
+}
+PIECES = {
+    operator.getitem,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.select.int,
+    aten.narrow.default,
+}
+# What a stream may pass on its way to a residual add; an expanded tensor is a modulation.
+CARRIED = (VIEWS | CASTS | {aten.slice.Tensor}) - {aten.expand.default}
+CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.convolution.default,
+    aten.conv2d.padding,
+    aten.conv1d.padding,
+    aten.conv3d.padding,
+}
+PRODUCTS = {
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.mm.default,
+    aten.baddbmm.default,
+    aten.addmm.default,
+    aten.einsum.default,
+}
+ATTENTION = {aten.scaled_dot_product_attention.default}
+
+
+class Dependence:
+    """Who depends on whom: one bit a node, so that a set operation is one integer operation."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.above: list[int] = []  # the node itself and all it depends on
+        inputs = 0
+        for i, node in enumerate(self.nodes):
+            bits = 1 << i
+            for argument in node.all_input_nodes:
+                bits |= self.above[self.index[argument]]
+            self.above.append(bits)
+            if node.op == "placeholder":
+                inputs |= 1 << i
+        self.inputs = inputs
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        """True where ``on`` is the node itself or behind it."""
+        return bool(self.above[self.index[node]] >> self.index[on] & 1)
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """True where no model input is behind the node."""
+        return not self.above[self.index[node]] & self.inputs
+
+    def between(self, source: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The nodes on a path from source (left out) to end (included), in order."""
+        start, bits = self.index[source], self.above[self.index[end]]
+        return [
+            node
+            for i, node in enumerate(self.nodes[start + 1 : self.index[end] + 1], start + 1)
+            if bits >> i & 1 and self.above[i] >> start & 1
+        ]
+
+
+def strip(node: fx.Node, through: set[Any]) -> fx.Node:
+    """What a node is, looked at through operations that only pass it on."""
+    while node.target in through and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def shape_of(node: fx.Node) -> tuple[str, ...]:
+    """The recorded shape as text, as symbolic sizes must not be compared."""
+    value = node.meta.get("val")
+    return tuple(str(d) for d in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def module_stack(node: fx.Node) -> list[str]:
+    """Module paths that the node was called in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
+
+
+def common_module(nodes: Sequence[fx.Node]) -> str:
+    """Path of the innermost module that holds all nodes."""
+    common = module_stack(nodes[0])
+    for node in nodes[1:]:
+        paths = set(module_stack(node))
+        common = [path for path in common if path in paths]
+    return common[-1] if common else ""
+
+
+def enclosing_module(anchors: set[fx.Node], adds: Sequence[fx.Node]) -> str | None:
+    """The innermost module that holds every anchor and none of the residual adds."""
+    holding = module_stack(next(iter(anchors)))
+    for node in anchors:
+        paths = set(module_stack(node))
+        holding = [path for path in holding if path in paths]
+    outside = {path for add in adds for path in module_stack(add)}
+    inner = [path for path in holding if path not in outside]
+    return inner[-1] if inner else None
+
+
+def output_module(value: fx.Node) -> str | None:
+    """The innermost module that returns the value: no one in it uses the value any more."""
+    stack = module_stack(value)
+    if not stack or not stack[-1]:
+        return None
+    users = [user for user in value.users if stack[-1] in module_stack(user)]
+    return None if users else stack[-1]

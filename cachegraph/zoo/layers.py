@@ -1,0 +1,200 @@
+"""Layers that the known diffusion transformers have in common, under their published names.
+
+Source: the code of facebookresearch/DiT, from which PixArt-alpha took them over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cachegraph.errors import ModelError
+
+FREQUENCIES = 256  # width of the sinusoidal timestep embedding, in all published sizes
+CFG_CHANNELS = 3  # the published code guides three of the four latent channels
+
+
+class ModelSize(NamedTuple):
+    """One published model size."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Cosines, then sines, of ``t`` at geometrically spaced frequencies.
+
+    Args:
+        t: timesteps ``(B,)``, integer or fractional.
+        width: even number of features.
+        max_period: longest period, in timesteps over 2 pi.
+
+    Returns:
+        ``(B, width)`` in float32.
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angle = t[:, None].float() * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def position_embedding(width: int, grid_size: int) -> Tensor:
+    """Fixed sine-cosine embedding of a square token grid, in row-major order.
+
+    The first half of the features encodes the column, the second half the row; each half holds
+    sines, then cosines.
+
+    Args:
+        width: number of features, a multiple of 4.
+        grid_size: tokens along one side.
+
+    Returns:
+        ``(1, grid_size**2, width)`` in float32.
+    """
+    quarter = width // 4
+    # float64 as in the published code: float32 angles would differ in the last digits
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column = line.repeat(grid_size, 1)
+    row = line.repeat_interleave(grid_size, dim=0)
+    return torch.cat([column, row], dim=1).float()[None]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift`` with ``x (B, N, C)`` and per-sample ``(B, C)`` modulation."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image ``(B, C_in, H, W)`` into patches and embeds them: ``(B, N, C)``."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, N, C)``."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds timesteps ``(B,)`` as ``(B, C)``."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """``(B,)`` to ``(B, C)``."""
+        embedding = timestep_embedding(t, FREQUENCIES)
+        dtype = next(self.mlp.parameters()).dtype
+        # a cast that does nothing would still be a node of the traced graph
+        return self.mlp(embedding if dtype == torch.float32 else embedding.to(dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over ``(B, N, C)``."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, N, C)`` to ``(B, N, C)``."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, C / H)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between, per token."""
+
+    def __init__(self, in_size: int, inner_size: int, out_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_size, inner_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(inner_size, out_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_size)`` to ``(..., out_size)``."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def plain_norm(hidden_size: int) -> nn.LayerNorm:
+    """A LayerNorm without parameters: scale and shift come from the condition instead."""
+    return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+
+
+def unpatchify(x: Tensor, patch_size: int, side: int) -> Tensor:
+    """Puts the pixels of every token where its patch is.
+
+    Args:
+        x: ``(B, side * side, patch_size * patch_size * C_out)``.
+        patch_size: height and width of a patch.
+        side: patches along one side.
+
+    Returns:
+        ``(B, C_out, side * patch_size, side * patch_size)``.
+    """
+    batch, channels, size = x.shape[0], x.shape[2] // patch_size**2, side * patch_size
+    x = x.reshape(batch, side, side, patch_size, patch_size, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, size, size)
+
+
+def guide(out: Tensor, in_channels: int, cfg_scale: float) -> Tensor:
+    """Classifier-free guidance of a model's output on a doubled batch [cond; uncond].
+
+    As published, only the first three noise channels are guided; a model with fewer than four
+    channels has all its noise channels guided.
+
+    Args:
+        out: ``(2 B, C_out, H, W)``.
+        in_channels: channels of the noise, which come first in ``out``.
+        cfg_scale: 1 is no guidance.
+
+    Returns:
+        As ``out``; both halves hold the guided noise, each keeps its own further channels.
+    """
+    guided = CFG_CHANNELS if in_channels > CFG_CHANNELS else in_channels
+    cond, uncond = out[:, :guided].chunk(2)
+    noise = uncond + cfg_scale * (cond - uncond)
+    return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
+
+
+def arch_name(family: str, sizes: Mapping[str, ModelSize], size: ModelSize, patch_size: int) -> str:
+    """``DiT-XL/2`` for a published size, else ``DiT custom``."""
+    letter = next((letter for letter, known in sizes.items() if known == size), None)
+    return f"{family} custom" if letter is None else f"{family}-{letter}/{patch_size}"
+
+
+def check_shape(what: str, x: Tensor, wanted: tuple[int, ...]) -> None:
+    """Refuses a tensor that is not ``(B, *wanted)``."""
+    if tuple(x.shape[1:]) != wanted:
+        raise ModelError(
+            f"{what} has the wrong shape",
+            expected=f"(B, {', '.join(map(str, wanted))})",
+            found=str(tuple(x.shape)),
+        )
+
+
+def check_divides(name: str, value: int, by_name: str, by: int) -> None:
+    """Refuses sizes that are not positive, or do not divide."""
+    if by < 1 or value < 1 or value % by:
+        raise ModelError(
+            f"{name} {value} cannot be divided by {by_name}",
+            expected=f"a positive multiple of {by}",
+            found=str(value),
+        )

@@ -1,0 +1,325 @@
+"""The text-conditional diffusion transformer PixArt-alpha, with its published weight names.
+
+Source: Chen et al., "PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic
+Text-to-Image Synthesis" (2023), and the code of PixArt-alpha/PixArt-alpha. Published checkpoints
+load without renaming, and outputs agree to rounding. The variant for images of many shapes
+(``PixArt-XL-2-1024-MS.pth``), which also embeds their size, is not built here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cachegraph.errors import ModelError
+from cachegraph.zoo.layers import (
+    Attention,
+    Mlp,
+    ModelSize,
+    PatchEmbed,
+    TimestepEmbedder,
+    arch_name,
+    check_divides,
+    check_shape,
+    guide,
+    modulate,
+    plain_norm,
+    position_embedding,
+    unpatchify,
+)
+
+SIZES = {"XL": ModelSize(28, 1152, 16)}
+PATCH_SIZES = (2,)
+MODULATIONS = 6  # shift, scale and gate, for self-attention and for the mlp
+
+
+class CaptionEmbedder(nn.Module):
+    """Embeds text features ``(B, L, D)`` as ``(B, L, C)``.
+
+    ``y_embedding`` holds the features of the null caption, ``(model_max_length, D)``. In training
+    each caption becomes the null caption with probability ``dropout_prob``.
+    """
+
+    y_embedding: Tensor
+
+    def __init__(
+        self, caption_channels: int, hidden_size: int, dropout_prob: float, model_max_length: int
+    ) -> None:
+        super().__init__()
+        self.dropout_prob = dropout_prob
+        self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
+        null = torch.randn(model_max_length, caption_channels) / caption_channels**0.5
+        self.register_buffer("y_embedding", null)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """``(B, L, D)`` to ``(B, L, C)``; in training L is ``model_max_length``."""
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(y.shape[0], 1, 1, device=y.device) < self.dropout_prob
+            y = torch.where(dropped, self.y_embedding, y)
+        return self.y_proj(y)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from image tokens ``(B, N, C)`` to text tokens ``(B, L, C)``.
+
+    The published code strings the valid text tokens of all samples together and lets each image
+    token see those of its own sample (block-diagonal attention). Here the text stays a padded
+    batch and the padding is masked: a masked token has weight 0 in the softmax, so the output is
+    the same, and the shapes do not depend on the contents of the mask.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        """Attends to the text tokens that are valid.
+
+        Args:
+            x: image tokens ``(B, N, C)``.
+            y: text tokens ``(B, L, C)``.
+            mask: ``(B, 1, 1, L)``, true for valid text tokens; None where all are.
+
+        Returns:
+            ``(B, N, C)``.
+        """
+        batch, tokens, width = x.shape
+        head_size = width // self.num_heads
+        query = self.q_linear(x).reshape(batch, tokens, self.num_heads, head_size).transpose(1, 2)
+        kv = self.kv_linear(y).reshape(batch, y.shape[1], 2, self.num_heads, head_size)
+        key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, C / H)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class PixArtBlock(nn.Module):
+    """Self-attention, cross-attention and mlp, modulated by adaLN-single.
+
+    The modulation of the timestep is computed once for all blocks; each adds its own table to it.
+    Cross-attention has neither norm nor gate.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = plain_norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+        self.norm2 = plain_norm(hidden_size)
+        self.mlp = Mlp(hidden_size, round(hidden_size * mlp_ratio), hidden_size)
+        self.scale_shift_table = _random_table(MODULATIONS, hidden_size)
+
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+        """One block.
+
+        Args:
+            x: image tokens ``(B, N, C)``.
+            y: text tokens ``(B, L, C)``.
+            c: modulation of the timestep ``(B, 6, C)``.
+            mask: as of :meth:`CrossAttention.forward`.
+
+        Returns:
+            Image tokens ``(B, N, C)``.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + c).unbind(1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + self.cross_attn(x, y, mask)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class T2IFinalLayer(nn.Module):
+    """Last modulation and the projection of a token to the pixels of its patch."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = plain_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.scale_shift_table = _random_table(2, hidden_size)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Tokens ``(B, N, C)``, embedded timesteps ``(B, C)`` to ``(B, N, patch**2 * C_out)``."""
+        shift, scale = (self.scale_shift_table + t.unsqueeze(1)).unbind(1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class PixArt(nn.Module):
+    """Diffusion transformer: noisy image, timestep and text features to predicted noise.
+
+    The defaults are PixArt-XL/2 for 256x256 images (latents of 32x32). Parameters get torch's
+    usual random values; training from scratch wants the start of the publication instead.
+
+    ``pos_embed`` counts tokens, as the published model for 256x256 images does: its base size is
+    its grid size and its scale (``lewei_scale``) is 1. A checkpoint brings its own.
+
+    Args:
+        input_size: height and width of the (latent) image, a multiple of ``patch_size``.
+        patch_size: height and width of the patch that becomes one token.
+        in_channels: channels of the (latent) image.
+        hidden_size: token width C, a multiple of ``num_heads`` and of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: width inside the mlp over ``hidden_size``.
+        class_dropout_prob: how often training drops the caption.
+        pred_sigma: whether a variance is predicted in as many further channels.
+        caption_channels: width D of the text features.
+        model_max_length: text tokens of the null caption.
+
+    Raises:
+        ModelError: the sizes do not divide as said.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        pred_sigma: bool = True,
+        caption_channels: int = 4096,
+        model_max_length: int = 120,
+    ) -> None:
+        super().__init__()
+        check_divides("input_size", input_size, "patch_size", patch_size)
+        check_divides("hidden_size", hidden_size, "num_heads", num_heads)
+        check_divides("hidden_size", hidden_size, "the 4 parts of pos_embed", 4)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_heads, self.pred_sigma = num_heads, pred_sigma
+        self.caption_channels, self.model_max_length = caption_channels, model_max_length
+        self.out_channels = in_channels * 2 if pred_sigma else in_channels
+        size = ModelSize(depth, hidden_size, num_heads)
+        known = mlp_ratio == 4 and patch_size in PATCH_SIZES
+        self.arch = arch_name("PixArt", SIZES if known else {}, size, patch_size)
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, MODULATIONS * hidden_size))
+        self.y_embedder = CaptionEmbedder(
+            caption_channels, hidden_size, class_dropout_prob, model_max_length
+        )
+        side = input_size // patch_size
+        self.register_buffer("pos_embed", position_embedding(hidden_size, side))
+        self.blocks = nn.ModuleList(
+            PixArtBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+        )
+        self.final_layer = T2IFinalLayer(hidden_size, patch_size, self.out_channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Predicts the noise in ``x`` (and a variance in further channels if ``pred_sigma``).
+
+        Args:
+            x: noisy images ``(B, in_channels, input_size, input_size)``.
+            t: timesteps ``(B,)``, integer or fractional.
+            y: text features ``(B, 1, L, caption_channels)``, as the published code has them, or
+                ``(B, L, caption_channels)``; each caption padded to L tokens.
+            mask: ``(B, L)``, not 0 for valid text tokens, of which every sample has at least one;
+                with fewer rows, which divide B, they are repeated, as published. None where no
+                text token is padding.
+
+        Returns:
+            ``(B, out_channels, input_size, input_size)``.
+
+        Raises:
+            ModelError: ``x``, ``y`` or ``mask`` has another shape than said.
+        """
+        wanted = (self.in_channels, self.input_size, self.input_size)
+        check_shape(f"input of {self.arch}", x, wanted)
+        text = self._text(y)
+        attended = None if mask is None else _attended(mask, text)
+        x = self.x_embedder(x) + self.pos_embed
+        t = self.t_embedder(t)
+        c = self.t_block(t).unflatten(1, (MODULATIONS, -1))
+        text = self.y_embedder(text)
+        for block in self.blocks:
+            x = block(x, text, c, attended)
+        side = self.input_size // self.patch_size
+        return unpatchify(self.final_layer(x, t), self.patch_size, side)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, mask: Tensor | None = None
+    ) -> Tensor:
+        """Classifier-free guidance on a doubled batch [cond; uncond].
+
+        Both halves see the first half of ``x``. As published, only the first three noise channels
+        are guided; a model with fewer than four channels has all its noise channels guided.
+
+        Args:
+            x: ``(2 B, in_channels, input_size, input_size)``; the second half is not read.
+            t: ``(2 B,)``.
+            y: ``(2 B, 1, L, caption_channels)`` or ``(2 B, L, caption_channels)``, in the second
+                half the null caption, ``y_embedder.y_embedding``.
+            cfg_scale: 1 is no guidance.
+            mask: ``(2 B, L)``, or ``(B, L)`` for both halves; None where nothing is padding.
+
+        Returns:
+            ``(2 B, out_channels, input_size, input_size)``; both halves hold the guided noise,
+            each keeps its own further channels.
+
+        Raises:
+            ModelError: as for :meth:`forward`.
+        """
+        half = x[: x.shape[0] // 2]
+        out = self.forward(torch.cat([half, half]), t, y, mask)
+        return guide(out, self.in_channels, cfg_scale)
+
+    def example_inputs(
+        self, batch: int = 2, device: torch.device | str | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """Arguments for one call, the same at every call: ``((x, t, y), {})``.
+
+        Args:
+            batch: B.
+            device: where the tensors are, ``"meta"`` included; None means the model's.
+
+        Returns:
+            Positional arguments as of :meth:`forward`, and no keyword arguments: no text token
+            is padding.
+        """
+        weight = self.x_embedder.proj.weight
+        generator = torch.Generator().manual_seed(0)
+        image = (batch, self.in_channels, self.input_size, self.input_size)
+        x = torch.randn(image, generator=generator, device="cpu")
+        text = (batch, 1, self.model_max_length, self.caption_channels)
+        y = torch.randn(text, generator=generator, device="cpu")
+        t = torch.full((batch,), 500, dtype=torch.int64, device="cpu")
+        target = weight.device if device is None else torch.device(device)
+        return (x.to(target, weight.dtype), t.to(target), y.to(target, weight.dtype)), {}
+
+    def _text(self, y: Tensor) -> Tensor:
+        """``(B, 1, L, D)`` or ``(B, L, D)`` to ``(B, L, D)``."""
+        one_caption = y.ndim == 3 or (y.ndim == 4 and y.shape[1] == 1)
+        if not one_caption or y.shape[-1] != self.caption_channels:
+            width = self.caption_channels
+            raise ModelError(
+                f"text of {self.arch} has the wrong shape",
+                expected=f"(B, 1, L, {width}) or (B, L, {width})",
+                found=str(tuple(y.shape)),
+            )
+        return y if y.ndim == 3 else y.squeeze(1)
+
+
+def _attended(mask: Tensor, text: Tensor) -> Tensor:
+    """``(B, L)`` as a bool ``(B, 1, 1, L)``, its rows repeated where there are fewer than B."""
+    batch, tokens, _ = text.shape
+    fits = mask.ndim == 2 and mask.shape[1] == tokens and mask.shape[0] > 0
+    if not fits or batch % mask.shape[0]:
+        raise ModelError(
+            "mask of the text has the wrong shape",
+            expected=f"({batch}, {tokens}), or a divisor of {batch} rows",
+            found=str(tuple(mask.shape)),
+        )
+    if mask.shape[0] != batch:
+        mask = mask.repeat(batch // mask.shape[0], 1)
+    return (mask != 0)[:, None, None, :]
+
+
+def _random_table(rows: int, hidden_size: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(rows, hidden_size) / hidden_size**0.5)

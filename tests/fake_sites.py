@@ -1,0 +1,50 @@
+"""Sites as a trace of DiT or PixArt gives them, made by hand, and schedules for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cachegraph.policies import toca
+from cachegraph.schedule import Schedule, load_schedule
+from cachegraph.schedule_tokens import TokenPolicy
+from cachegraph.site import Site, SiteKind, SiteValue
+from cachegraph.spec import TensorSpec
+
+DIT = ("attn", "mlp")
+PIXART = ("attn", "cross_attn", "mlp")
+FULL_50_3 = [49, 44, 40, 36, 30, 27, 24, 21, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0]  # counted down
+
+
+def make_site(name: str, kind: str, tokens: int | str = 256, channels: int = 1152) -> Site:
+    value = SiteValue(name, TensorSpec(("s0", tokens, channels), torch.float32), name)
+    return Site(name, SiteKind(kind), (value,), name, source="x", cores=(), anchors=())
+
+
+def make_sites(
+    kinds: tuple[str, ...] = DIT, depth: int = 28, stack: bool = False, **sizes: Any
+) -> list[Site]:
+    sites = [make_site(f"blocks.{i}.{kind}", kind, **sizes) for i in range(depth) for kind in kinds]
+    return [*sites, make_site("blocks", "stack", **sizes)] if stack else sites
+
+
+def make(steps: int, site_filter: dict[str, Any] | None = None, **policy: Any) -> Schedule:
+    keys = {"cachegraph": 1, "steps": steps, "policy": policy}
+    return load_schedule({**keys, "sites": site_filter} if site_filter else keys)
+
+
+def policy_of(steps: int, **policy: Any) -> TokenPolicy:
+    made = make(steps, **policy).policy
+    assert isinstance(made, TokenPolicy)
+    return made
+
+
+def kinds_of(steps: int, **policy: Any) -> dict[str, list[int]]:
+    """Types of the steps, such as ``FP`` for full and then partial -> steps as the rules count."""
+    made = policy_of(steps, **policy)
+    found: dict[str, list[int]] = {}
+    for step, pair in enumerate(toca.step_types(made, steps)):
+        at = steps - 1 - step if made.rules == "dit" else step
+        found.setdefault("".join(kind.name[0] for kind in pair), []).append(at)
+    return found
