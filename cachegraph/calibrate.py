@@ -153,13 +153,7 @@ def run_calibrate(
     if plot is not None:
         check_plot_path(plot)
     _check_counts(steps, max_distance, trajectories)
-    if sampler is None and model != "digits":
-        raise InputError(
-            "only the model digits has a sampler here",
-            place=model,
-            remedy="give --sampler module:function, a function of the model and a seed that "
-            "samples one trajectory",
-        )
+    _check_sampler(model, sampler)
     run = digits_sampler(steps) if sampler is None else load_sampler(sampler)
     source = open_model(model, arch=arch, need_inputs=False)
     measured = calibrate(
@@ -171,14 +165,26 @@ def run_calibrate(
         progress=progress,
     )
     schedule = _schedule(measured, bound, goc_weight, source.name)
-    comment = (
-        f"# SmoothCache for {source.name}: relative L1 change of reused values at most {bound:g},\n"
-        f"# measured over {trajectories} trajectories of {steps} steps.\n"
-    )
-    out.write_text(comment + schedule.to_yaml(), encoding="utf-8")
+    measurement = f"measured over {trajectories} trajectories of {steps} steps"
+    _write(schedule, out, f"{source.name}: {measurement}, bound {bound:g}")
     if plot is not None:
         plot_calibration(measured, plot, bound=bound, title=source.name)
     return schedule, measured
+
+
+def _check_sampler(model: str, sampler: str | None) -> None:
+    if sampler is None and model != "digits":
+        raise InputError(
+            "only the model digits has a sampler here",
+            place=model,
+            remedy="give --sampler module:function, a function of the model and a seed that "
+            "samples one trajectory",
+        )
+
+
+def _write(schedule: Schedule, out: Path, what: str) -> None:
+    comment = f"# SmoothCache by relative L1 change for {what}\n"
+    out.write_text(comment + schedule.to_yaml(), encoding="utf-8")
 
 
 def _schedule(measured: Calibration, bound: float, goc_weight: float | None, name: str) -> Schedule:

@@ -122,13 +122,17 @@ class SiteRecorder:
     def _measure(self, branch: _Branch, values: list[list[Tensor]]) -> None:
         for back, before in enumerate(branch.values):
             changes = [_relative_change(b, v) for b, v in zip(before, values, strict=True)]
-            self._errors[:, back, branch.step - back - 1] += torch.tensor(changes).double()
+            self._errors[:, back, branch.step - back - 1] += torch.tensor(
+                changes, dtype=torch.float64
+            )
         branch.values.appendleft(values)
         means = [_mean(tensors) for tensors in values]
         branch.means.appendleft(means)
         for back, others in enumerate(branch.means):
             products = [float(other @ mean) for other, mean in zip(others, means, strict=True)]
-            self._products[:, back, branch.step - back] += torch.tensor(products).double()
+            self._products[:, back, branch.step - back] += torch.tensor(
+                products, dtype=torch.float64
+            )
 
     def _check_shapes(self, shapes: list[torch.Size]) -> None:
         self._shapes = self._shapes or shapes

@@ -112,7 +112,7 @@ def test_cosines_are_those_of_the_mean_changes(measured: Calibration) -> None:
                 (means[:, a] - means[:, b]).flatten() for a, b in ((step, newest), (newest, older))
             )
             wanted = float(change @ before / change.norm() / before.norm())
-            assert measured.cosine([i], step, newest, older) == pytest.approx(wanted, abs=1e-6)
+            assert measured.cosine([i], step, newest, older) == pytest.approx(wanted, abs=1e-9)
     several = measured.cosine([0, 2], 3, 2, 1)
     single = [measured.cosine([i], 3, 2, 1) for i in (0, 2)]
     assert several == pytest.approx(sum(single) / 2)
@@ -339,7 +339,7 @@ def test_goc_is_for_values_that_keep_their_direction() -> None:
     every_second = [1, 3, 5, 7, 9]
     assert goc_steps(made({"b.attn": line}), every_second) == (3, 5, 7, 9)
     assert goc_steps(made({"b.attn": zigzag}), range(2, 10)) == ()
-    assert goc_steps(made({"b.attn": turn}), [2, 3, 4, 6, 7]) == (2, 3, 4, 7)
+    assert goc_steps(made({"b.attn": turn}), [2, 3, 4, 6, 8]) == (2, 3, 4, 8)
 
 
 def test_goc_follows_the_newest_computed_steps() -> None:
@@ -376,11 +376,10 @@ def test_run_writes_schedule_and_plot(tmp_path: Path) -> None:
     schedule, measured = run_calibrate(
         "digits",
         out,
-        steps=5,
+        steps=4,
         bound=0.9,
         trajectories=1,
         max_distance=2,
-        goc_weight=0.5,
         plot=plot,
         progress=lambda *one: told.append(one),
     )
@@ -388,14 +387,25 @@ def test_run_writes_schedule_and_plot(tmp_path: Path) -> None:
     text = out.read_text(encoding="utf-8")
     assert text.startswith(
         "# SmoothCache for digits: relative L1 change of reused values at most 0.9,\n"
-        "# measured over 1 trajectories of 5 steps.\n"
+        "# measured over 1 trajectories of 4 steps.\n"
     )
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert told[-1] == ("trajectory 1 of 1", 5, 5)
-    rows = make_rows(schedule, measured.sites)
+    assert told[-1] == ("trajectory 1 of 1", 4, 4)
+    assert len(measured.sites) == 24
+    assert schedule.correction is None
+
+
+def test_run_adds_a_correction(tmp_path: Path) -> None:
+    keys = {"sampler": "tests.test_calibrate:drift", "steps": STEPS, "trajectories": 1}
+    out = tmp_path / "s.yaml"
+    schedule, measured = run_calibrate("tests.tiny:tiny", out, bound=0.4, goc_weight=0.5, **keys)
+    assert load_schedule(out) == schedule
     assert schedule.correction is not None
+    assert schedule.correction.weight == 0.5
+    rows = make_rows(schedule, measured.sites)
     corrected = {s for s, row in enumerate(rows) if any(isinstance(a, Forecast) for a in row)}
     assert corrected == set(schedule.correction.steps)
+    assert corrected
 
 
 def test_run_takes_any_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

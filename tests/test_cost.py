@@ -41,7 +41,7 @@ def wide() -> TracedModel:
 def test_dit_has_the_flops_of_its_closed_form() -> None:
     found = wide()
     for batch in (1, 6):
-        assert count_flops(found.module, {str(found.batch): batch}) .fixed == batch * FULL
+        assert count_flops(found.module, {str(found.batch): batch}).fixed == batch * FULL
 
 
 def test_each_reused_site_saves_its_own_flops() -> None:

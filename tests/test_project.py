@@ -270,7 +270,7 @@ def tree(tmp_path: Path) -> Path:
 def test_size_counts_each_file_once(tree: Path) -> None:
     checked = check_size(tree)
     assert (checked.returncode, checked.stderr) == (0, "")
-    assert checked.stdout == "cachegraph + passes: 400 of 6000 lines\n"
+    assert checked.stdout == "cachegraph + passes: 400 of 14000 lines\n"
 
 
 def test_size_names_a_long_file(tree: Path) -> None:
@@ -287,14 +287,22 @@ def test_size_names_a_long_function(tree: Path) -> None:
     assert checked.stderr == "tests/long.py:2: function f of 51 lines; at most 50, split it\n"
 
 
+def test_size_does_not_count_docstrings(tree: Path) -> None:
+    documented = 'def f():\n    """One.\n\n    Two.\n    """\n' + "    x = 1\n" * 49
+    tree.joinpath("tests/documented.py").write_text(documented)
+    assert check_size(tree).returncode == 0
+    tree.joinpath("tests/documented.py").write_text(documented + "    x = 1\n")
+    assert "function f of 51 lines" in check_size(tree).stderr
+
+
 def test_size_limits_the_product(tree: Path) -> None:
-    for number in range(14):
+    for number in range(34):
         tree.joinpath(f"cachegraph/part_{number}.py").write_text("x = 1\n" * 400)
     assert check_size(tree).returncode == 0
     tree.joinpath("cachegraph/last.py").write_text("x = 1\n")
     checked = check_size(tree)
     assert checked.returncode == 1
-    assert checked.stderr == "cachegraph + passes: 6001 lines; at most 6000\n"
+    assert checked.stderr == "cachegraph + passes: 14001 lines; at most 14000\n"
 
 
 # --- what tracked files may say ---------------------------------------------------------------
