@@ -165,7 +165,8 @@ def run_calibrate(
         progress=progress,
     )
     schedule = _schedule(measured, bound, goc_weight, source.name)
-    measurement = f"measured over {trajectories} trajectories of {steps} steps"
+    counted = "1 trajectory" if trajectories == 1 else f"{trajectories} trajectories"
+    measurement = f"measured over {counted} of {steps} steps"
     _write(schedule, out, f"{source.name}: {measurement}, bound {bound:g}")
     if plot is not None:
         plot_calibration(measured, plot, bound=bound, title=source.name)
@@ -184,7 +185,12 @@ def _check_sampler(model: str, sampler: str | None) -> None:
 
 def _write(schedule: Schedule, out: Path, what: str) -> None:
     comment = f"# SmoothCache by relative L1 change for {what}\n"
-    out.write_text(comment + schedule.to_yaml(), encoding="utf-8")
+    try:
+        out.write_text(comment + schedule.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"the schedule cannot be written: {error.strerror}", place=str(out)
+        ) from error
 
 
 def _schedule(measured: Calibration, bound: float, goc_weight: float | None, name: str) -> Schedule:

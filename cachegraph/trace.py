@@ -201,10 +201,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def _refuse_mutation(program: ExportedProgram) -> None:
-    changed = program.graph_signature.buffers_to_mutate
+    signature = program.graph_signature
+    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
+        kind = "buffers" if signature.buffers_to_mutate else "its inputs"
         raise TraceError(
-            "the model changes buffers when it is called",
+            f"the model changes {kind} when it is called",
             expected="a forward without state",
             found=", ".join(sorted(set(changed.values()))),
         )

@@ -385,9 +385,9 @@ def test_run_writes_schedule_and_plot(tmp_path: Path) -> None:
     )
     assert load_schedule(out) == schedule
     text = out.read_text(encoding="utf-8")
-    assert text.startswith(
-        "# SmoothCache for digits: relative L1 change of reused values at most 0.9,\n"
-        "# measured over 1 trajectories of 4 steps.\n"
+    assert text.splitlines()[0] == (
+        "# SmoothCache by relative L1 change for digits: measured over 1 trajectory of 4 steps, "
+        "bound 0.9"
     )
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert told[-1] == ("trajectory 1 of 1", 4, 4)

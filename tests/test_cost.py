@@ -77,7 +77,7 @@ def test_tied_weights_count_once() -> None:
     found = traced()
     graphs = rewrite(found, plan(), passes=BASIC)
     weights = module_weights(found)
-    twice = weights | {"head.again": weights["head.weight"]}
+    twice = weights | {"head.again": weights["head.weight"].detach()}
     symbols = {str(found.batch): 3}
     costs = [plan_cost(plan(), graphs, found.module, w, symbols) for w in (weights, twice)]
     assert costs[0].weight_bytes == costs[1].weight_bytes == sum(w.nbytes for w in weights.values())

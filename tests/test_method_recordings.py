@@ -13,6 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cachegraph as cg
+from cachegraph.backends import get_backend
+from cachegraph.compiler import build
+from cachegraph.program import make_program
+from cachegraph.runner import Runner
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
 from tests.models import (
@@ -44,14 +48,21 @@ def model(shared: Path) -> DiT:
 
 
 class Case:
-    """One recording, and the artifact for its schedule."""
+    """One recording, and the graphs for its schedule."""
 
-    def __init__(self, name: str, model: DiT, shared: Path) -> None:
+    def __init__(self, name: str, model: DiT, traced: TracedModel, shared: Path) -> None:
         steps, keys, self.variants = CASES[name]
         self.recording = load_file(shared / f"golden/{name}.safetensors")
-        self.schedule = {"cachegraph": 1, "steps": steps, **keys}
+        schedule = {"cachegraph": 1, "steps": steps, **keys}
         with current_folder(shared):
-            self.artifact = cg.compile(model, self.schedule, self.inputs(0), backend="eager")
+            self.built = build(model, schedule, traced=traced)
+
+    def runner(self, backend: str) -> Runner:
+        built = self.built
+        program = make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost)
+        pairs = zip(built.graphs, program.variants, strict=True)
+        load = get_backend(backend).load
+        return Runner(program, [load(g.module, v.inputs) for g, v in pairs], built.weights)
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.recording["x"][step], self.recording["t"][step], self.recording["y"]
@@ -77,33 +88,32 @@ def traced(model: DiT, shared: Path) -> TracedModel:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, model: DiT, shared: Path) -> Case:
-    return Case(request.param, model, shared)
+def case(request: pytest.FixtureRequest, model: DiT, traced: TracedModel, shared: Path) -> Case:
+    return Case(request.param, model, traced, shared)
 
 
 def test_eager(case: Case) -> None:
-    assert max(case.errors(cg.load(case.artifact))) <= LIMIT
+    assert max(case.errors(case.runner("eager"))) <= LIMIT
 
 
-def test_reference_runner(case: Case, model: DiT, traced: TracedModel) -> None:
-    schedule = cg.load_schedule(case.schedule)
-    plan = case.artifact.program.plan
-    reference = cg.ReferenceRunner.of_plan(model, traced, plan, schedule)
+def test_reference_runner(case: Case, model: DiT) -> None:
+    built = case.built
+    reference = cg.ReferenceRunner.of_plan(model, built.traced, built.plan, built.schedule)
     assert max(case.errors(reference)) <= LIMIT
 
 
 @pytest.mark.slow
 def test_inductor(case: Case) -> None:
-    assert max(case.errors(cg.load(case.artifact, backend="inductor"))) <= LIMIT
+    assert max(case.errors(case.runner("inductor"))) <= LIMIT
 
 
 def test_variants(case: Case) -> None:
-    assert len(case.artifact.program.variants) <= case.variants
+    assert len(case.built.plan.variants) <= case.variants
 
 
 def test_a_wrong_rule_cannot_hide(case: Case, model: DiT) -> None:
     """The uncached model is far from the recording wherever the recording differs from it."""
-    plan = case.artifact.program.plan
+    plan = case.built.plan
     errors = case.errors(model)
     full = [all(type(a).__name__ == "Compute" for a in row) for row in plan.rows]
     assert all(error <= LIMIT for error, one in zip(errors, full, strict=True) if one)
