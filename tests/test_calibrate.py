@@ -1,10 +1,9 @@
-"""Calibration: what is measured, the schedules that follow, files and plots."""
+"""Calibration: what is measured of a model, and the command with its files and plots."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cachegraph.action import Compute, Forecast
+from cachegraph.action import Forecast
 from cachegraph.calibrate import (
     Calibration,
     calibrate,
-    goc_steps,
     load_sampler,
     run_calibrate,
-    smoothcache_lists,
-    smoothcache_schedule,
 )
 from cachegraph.calibration_plot import plot_calibration
 from cachegraph.errors import InputError
-from cachegraph.plan import make_plan
 from cachegraph.policies import make_rows
 from cachegraph.schedule import load_schedule
-from cachegraph.site import Site, SiteKind
 from cachegraph.site_recorder import graph_with_values
-from tests.models import one_thread  # noqa: F401
+from tests.models import (
+    DATA,
+    build,
+    one_thread,  # noqa: F401
+    read_configs,
+    relative_error,
+    trajectory,
+)
 from tests.tiny import BATCH, TOKENS, WIDTH, tiny, traced
 
 STEPS, DISTANCE = 6, 2
@@ -116,14 +115,6 @@ def test_cosines_are_those_of_the_mean_changes(measured: Calibration) -> None:
     several = measured.cosine([0, 2], 3, 2, 1)
     single = [measured.cosine([i], 3, 2, 1) for i in (0, 2)]
     assert several == pytest.approx(sum(single) / 2)
-
-
-def test_cosines_of_what_was_not_measured_are_refused() -> None:
-    short = calibrate(tiny(), drift, STEPS, max_distance=1, trajectories=1)
-    assert fails(short.cosine, [0], 5, 4, 1) == (
-        "the changes between steps 1, 4 and 5 were not measured; expected steps at most 3 apart; "
-        "calibrate with max_distance 2"
-    )
 
 
 def test_the_model_runs_as_it_is_and_is_not_changed() -> None:
@@ -233,138 +224,23 @@ def test_samplers_that_do_not_fit_are_refused() -> None:
     assert fails(calibrate, tiny(), drift, 1) == "steps is too small; expected at least 2; found 1"
 
 
-# --- what follows: SmoothCache
+@pytest.mark.filterwarnings("ignore")  # diffusers warns about itself
+def test_sites_of_several_values_are_measured_as_one() -> None:
+    pytest.importorskip("diffusers")
+    config = read_configs(DATA / "diffusers_tiny.json")["FluxTransformer"]
+    model = build(config)
+    results: list[Any] = []
 
+    def sampler(model_fn: Any, seed: int) -> None:
+        results.extend(model_fn(**inputs) for inputs in trajectory(config, 3, seed=seed))
 
-def made(features: dict[str, Sequence[Sequence[float]]], max_distance: int = 3) -> Calibration:
-    """A calibration of sites with these values, a vector a step."""
-    sites = tuple(
-        Site(name, SiteKind(name.rpartition(".")[2]), values=(), module=None, anchors=())
-        for name in features
-    )
-    values = torch.tensor(list(features.values()), dtype=torch.float64)
-    steps = values.shape[1]
-    errors = torch.full((len(sites), max_distance, steps), torch.nan, dtype=torch.float64)
-    products = torch.full((len(sites), 2 * max_distance + 2, steps), torch.nan).double()
-    for s in range(steps):
-        for k in range(min(products.shape[1], steps - s)):
-            products[:, k, s] = (values[:, s] * values[:, s + k]).sum(-1)
-            if 1 <= k <= max_distance:
-                change = (values[:, s] - values[:, s + k]).abs().sum(-1)
-                errors[:, k - 1, s] = change / values[:, s + k].abs().sum(-1)
-    return Calibration(sites, steps, 1, errors, products)
-
-
-def published_scan(rows: Sequence[Sequence[float]], steps: int, threshold: float) -> list[int]:
-    """A transcription of ``calibration_helper.py``'s scan."""
-    schedule: list[int | None] = [None] * steps
-    i = 0
-    while i < steps:
-        found = False
-        for row in range(len(rows) - 1, -1, -1):
-            if i >= len(rows[row]):
-                continue
-            if rows[row][i] <= threshold:
-                schedule[i] = 1
-                for skip in range(1, row + 2):
-                    if i + skip < steps:
-                        schedule[i + skip] = 0
-                i += row + 2
-                found = True
-                break
-        if not found:
-            schedule[i] = 1
-            i += 1
-    schedule[0] = schedule[-1] = 1
-    return [1 if one is None else one for one in schedule]
-
-
-@given(st.integers(0, 10_000), st.integers(2, 24), st.floats(0, 1.2))
-def test_lists_are_those_of_the_published_scan(seed: int, steps: int, bound: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    distances = min(3, steps - 1)
-    errors = torch.rand(4, distances, steps, generator=generator, dtype=torch.float64)
-    for r in range(distances):
-        errors[:, r, steps - r - 1 :] = torch.nan
-    kinds = (SiteKind.ATTN, SiteKind.MLP) * 2
-    sites = tuple(Site(f"b.{i}", kind, (), None, ()) for i, kind in enumerate(kinds))
-    lists = smoothcache_lists(Calibration(sites, steps, 1, errors, torch.empty(0)), bound)
-    assert set(lists) == {"attn", "mlp"}
-    for kind, first in (("attn", 0), ("mlp", 1)):
-        mean = ((errors[first] + errors[first + 2]) / 2).numpy()
-        rows = [list(mean[r, : steps - r - 1]) for r in range(distances)]
-        assert lists[kind] == published_scan(rows, steps, bound)
-        assert lists[kind][0] == lists[kind][-1] == 1
-
-
-def test_lists_at_the_ends_of_bounds() -> None:
-    still = made({"blocks.0.attn": [[1.0]] * 10, "blocks.0.mlp": [[2.0**-s] for s in range(10)]})
-    assert smoothcache_lists(still, 0.0) == {
-        "attn": [1, 0, 0, 0, 1, 0, 0, 0, 1, 1],
-        "mlp": [1] * 10,
-    }
-    assert smoothcache_lists(still, 1.0)["mlp"] == [1, 0, 1, 0, 1, 0, 1, 0, 1, 1]
-    assert smoothcache_lists(still, math.inf)["mlp"] == [1, 0, 0, 0, 1, 0, 0, 0, 1, 1]
-
-
-def test_the_schedule_stands_alone_and_carries_the_curves(
-    measured: Calibration, tmp_path: Path
-) -> None:
-    bound = float(measured.errors[:, 0].nanmean())
-    schedule = smoothcache_schedule(measured, bound, model="tiny")
-    path = tmp_path / "s.yaml"
-    path.write_text(schedule.to_yaml(), encoding="utf-8")
-    assert load_schedule(path) == schedule
-    plan = make_plan(measured.sites, make_rows(load_schedule(path), measured.sites))
-    lists = smoothcache_lists(measured, bound)
-    for i, site in enumerate(measured.sites):
-        computed = [int(isinstance(row[i], Compute)) for row in plan.rows]
-        assert computed == lists[site.kind]
-    assert any(0 in rule for rule in lists.values())
-    block = schedule.calibration
-    assert block is not None
-    assert (block.model, block.trajectories, block.bound) == ("tiny", 3, bound)
-    for kind, curves in block.errors:
-        for curve, wanted in zip(curves, measured.curves(kind), strict=True):
-            np.testing.assert_allclose(curve, wanted, rtol=1e-3)
-
-
-# --- what follows: GOC
-
-
-def test_goc_is_for_values_that_keep_their_direction() -> None:
-    line = [[float(s), 1.0] for s in range(10)]
-    turn = [[float(min(s, 10 - s)), 1.0] for s in range(10)]  # turns round at step 5
-    zigzag = [[float(s % 2), 1.0] for s in range(10)]
-    every_second = [1, 3, 5, 7, 9]
-    assert goc_steps(made({"b.attn": line}), every_second) == (3, 5, 7, 9)
-    assert goc_steps(made({"b.attn": zigzag}), range(2, 10)) == ()
-    assert goc_steps(made({"b.attn": turn}), [2, 3, 4, 6, 8]) == (2, 3, 4, 8)
-
-
-def test_goc_follows_the_newest_computed_steps() -> None:
-    """Step 3 follows f(2) - f(0), as step 1 is reused; that is down, though f(2) - f(1) is up."""
-    values = [[2.0, 1.0], [0.0, 1.0], [1.0, 1.0], [0.5, 1.0], [0.0, 1.0]]
-    assert goc_steps(made({"b.attn": values}), [1, 3]) == (3,)
-    assert goc_steps(made({"b.attn": values}), [3]) == ()
-
-
-def test_goc_averages_over_the_sites_that_reuse() -> None:
-    line = [[float(s), 1.0] for s in range(6)]
-    zigzag = [[3.0 * (s % 2), 1.0] for s in range(6)]
-    mostly = made({"a.attn": line, "b.attn": line, "c.mlp": zigzag})
-    assert goc_steps(mostly, [3]) == (3,)
-    assert goc_steps(mostly, {"attn": [3], "mlp": []}) == (3,)
-    assert goc_steps(mostly, {"mlp": [3]}) == ()
-    assert goc_steps(made({"a.attn": line, "b.mlp": zigzag, "c.mlp": zigzag}), [3]) == ()
-
-
-def test_goc_leaves_out_steps_without_a_change_before() -> None:
-    line = made({"b.attn": [[float(s), 1.0] for s in range(8)]})
-    assert goc_steps(line, [1, 2]) == ()  # steps 0 and 1 use one value
-    assert goc_steps(line, [2, 3, 4]) == (2, 3, 4)  # step 3 follows the correction of step 2
-    bend = [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [2.0, 1.0], [3.0, 1.0]]
-    assert goc_steps(made({"b.attn": bend}), [2, 3]) == ()  # at step 3 nothing has moved since 1
+    measured = calibrate(model, sampler, 3, max_distance=2, trajectories=1)
+    with torch.no_grad():
+        for found, inputs in zip(results, trajectory(config, 3), strict=True):
+            assert relative_error(found, model(**inputs)) == 0
+    assert max(len(site.values) for site in measured.sites) == 2
+    assert measured.errors[:, 0, :2].isfinite().all()
+    assert (measured.errors[:, 0, :2] > 0.01).all()
 
 
 # --- as a command

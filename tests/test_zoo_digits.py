@@ -33,14 +33,16 @@ def test_shipped_models_take_no_architecture() -> None:
 
 
 def test_digits_denoise() -> None:
-    """The model is trained: it tells noise from an image far better than the image itself would."""
+    """The model is trained: it knows the noise far better than who takes the whole input for it."""
     model = load_digits_model()
     images = sample_digits(model, [3, 7], steps=10)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     signal = (1 - torch.linspace(1e-4, 2e-2, 1000)).cumprod(0)[500]
     noisy = signal.sqrt() * images + (1 - signal).sqrt() * noise
     predicted = model(noisy, torch.full((2,), 500), torch.tensor([3, 7]))
-    assert (predicted - noise).norm() / noise.norm() < 0.4
+    error = (predicted - noise).norm() / noise.norm()
+    assert error < 0.1
+    assert error < 0.5 * (noisy - noise).norm() / noise.norm()
 
 
 def test_timesteps() -> None:
