@@ -136,7 +136,7 @@ def main() -> None:
     command = commands.add_parser("measure", formatter_class=style)
     command.add_argument("--count", type=int, default=1000, help="images")
     command.add_argument("--steps", type=int, default=50)
-    command.add_argument("--cfg-scale", type=float, default=1.5)
+    command.add_argument("--cfg-scale", type=float, default=2.0)
     command.add_argument("--png", type=Path, help="where to write the first 200 images")
     command.set_defaults(run=run_measure)
     for command in commands.choices.values():

@@ -42,6 +42,8 @@ class Inductor:
             if any(tensors[i].shape[dim] == 1 for i, dim in dynamic):
                 return one(*tensors)
             if not marked:
+                # Marks stay on a tensor, and these are the sampler's: mark aliases of them.
+                tensors = [t.detach() for t in tensors]
                 for i, dim in dynamic:
                     torch._dynamo.mark_dynamic(tensors[i], dim)
                 marked = True
