@@ -267,8 +267,8 @@ WRONG = {
     "cachegraph.zoo.dit.DiT; where you trust the file, load it with the code that wrote it and "
     "save only its weights: torch.save(model.state_dict(), 'weights.pt')",
     "compile odd.safetensors -s rows.yaml": "odd.safetensors: these weights are of no known "
-    "architecture; expected DiT or PixArt; found 1 tensors: a; compile other models as a torch.export "
-    "program (.pt2) or as module:factory",
+    "architecture; expected DiT or PixArt; found 1 tensors: a; compile other models as a "
+    "torch.export program (.pt2) or as module:factory",
     "plan digit -s fora-n3": f"there is no model 'digit'; expected {FORMS}; for plan and inspect "
     "also an architecture, such as DiT-S/2; did you mean 'digits'?",
     "compile DiT-S/2 -s fora-n3": f"'DiT-S/2' is an architecture, without weights; expected {FORMS}"
