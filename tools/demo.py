@@ -88,9 +88,9 @@ def result_table(entries: list[Contestant], rounds: int) -> Table:
     labels = torch.tensor(CLASSES * rounds)
     table = Table(title=f"digits: {len(labels)} images a row, {len(CLASSES)} at a time")
     table.add_column("schedule", no_wrap=True)
-    for column in ("full\nsteps", "GFLOP\n/image", "s\n/image", "times\ncompiled"):
+    for column in ("full\nsteps", "GFLOP\n/img", "sec\n/img", "vs com-\npiled"):
         table.add_column(column, justify="right")
-    for column in ("times\neager", "class\naccuracy", "PSNR\ndB"):
+    for column in ("vs\neager", "right\ndigit", "PSNR\ndB"):
         table.add_column(column, justify="right")
     for entry in entries:
         seconds = statistics.median(entry.seconds)
@@ -102,7 +102,7 @@ def result_table(entries: list[Contestant], rounds: int) -> Table:
             f"{seconds / len(CLASSES):.3f}",
             f"{statistics.median(compiled.seconds) / seconds:.2f}x",
             f"{statistics.median(eager.seconds) / seconds:.2f}x",
-            f"{accuracy(torch.cat(entry.images), labels):.1%}",
+            f"{accuracy(torch.cat(entry.images), labels):.0%}",
             "-" if entry is compiled else f"{closeness:.1f}",
         )
     return table
