@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,20 @@ from torch import Tensor, fx
 
 from .backends import get_backend
 from .errors import ArtifactError, InputError
+from .graph import StepGraph, merge_prologues
+from .known import Prologues
 from .program import Program
 from .runner import Runner
 from .schedule import Schedule, load_schedule
 from .serialise import graph_from_json, graph_to_json, weights_module
 from .tracking import Track
-from .weights import distinct, load_weights, save_weights
+from .weights import distinct, load_weights, save_weights, stored_weight
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _WEIGHTS = "weights.safetensors"
 _SCHEDULE = "schedule.yaml"
+_REQUEST = "request"
 _PROGRAM = TypeAdapter(Program)
 
 
@@ -43,6 +46,8 @@ class Artifact:
         program: what the steps do.
         schedule: what was asked for.
         graphs: one lowered graph a variant; weights are shared.
+        prologues: by the name of their file, the graphs that compute what is known beforehand:
+            ``request``, and one a variant that has such values.
         texts: the graphs as text, with provenance.
         weights: name -> tensor.
         backend: name of the backend that runs the graphs.
@@ -52,6 +57,7 @@ class Artifact:
     program: Program
     schedule: Schedule
     graphs: tuple[fx.GraphModule, ...]
+    prologues: Mapping[str, fx.GraphModule]
     texts: tuple[str, ...]
     weights: Mapping[str, Tensor]
     backend: str
@@ -72,7 +78,9 @@ class Artifact:
             chosen.load(graph, layout.inputs)
             for graph, layout in zip(self.graphs, self.program.variants, strict=True)
         ]
-        return Runner(self.program, functions, self.weights, track)
+        steps = tuple(self.prologues.get(_prologue(v.name)) for v in self.program.variants)
+        prologues = Prologues(self.prologues.get(_REQUEST), steps, batched=not chosen.exact)
+        return Runner(self.program, functions, self.weights, track, prologues)
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact beside ``path`` and rename it when whole.
@@ -104,10 +112,13 @@ class Artifact:
         save_weights(stored, folder / _WEIGHTS)
         (folder / _SCHEDULE).write_text(self.schedule.to_yaml())
         (folder / "graphs").mkdir()
-        for layout, graph, text in zip(self.program.variants, self.graphs, self.texts, strict=True):
-            (folder / "graphs" / f"{layout.name}.txt").write_text(text)
-            lines = ",\n".join(json.dumps(node) for node in graph_to_json(graph.graph))
-            (folder / "graphs" / f"{layout.name}.json").write_text(f"[\n{lines}\n]\n")
+        names = [layout.name for layout in self.program.variants]
+        for name, text in zip(names, self.texts, strict=True):
+            (folder / "graphs" / f"{name}.txt").write_text(text)
+        modules = dict(zip(names, self.graphs, strict=True)) | dict(self.prologues)
+        for name, module in modules.items():
+            lines = ",\n".join(json.dumps(node) for node in graph_to_json(module.graph))
+            (folder / "graphs" / f"{name}.json").write_text(f"[\n{lines}\n]\n")
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         manifest: dict[str, Any] = {
             "cachegraph": FORMAT,
@@ -147,21 +158,39 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
         ) from error
     weights = load_weights(folder / _WEIGHTS, place)
     weights.update({alias: weights[name] for alias, name in manifest["aliases"].items()})
-    root = weights_module(weights)
-    graphs, texts = [], []
-    for layout in program.variants:
-        data = json.loads((folder / "graphs" / f"{layout.name}.json").read_text())
-        graphs.append(fx.GraphModule(root, graph_from_json(data, place)))
-        texts.append((folder / "graphs" / f"{layout.name}.txt").read_text())
+    graphs = {
+        path.stem: graph_from_json(json.loads(path.read_text()), place)
+        for path in sorted((folder / "graphs").glob("*.json"))
+    }
+    names = {str(n.target) for g in graphs.values() for n in g.find_nodes(op="get_attr")}
+    root = weights_module({name: stored_weight(weights, name) for name in sorted(names)})
+    modules = {name: fx.GraphModule(root, graph) for name, graph in graphs.items()}
+    variants = [layout.name for layout in program.variants]
     return Artifact(
         program=program,
         schedule=load_schedule(folder / _SCHEDULE),
-        graphs=tuple(graphs),
-        texts=tuple(texts),
+        graphs=tuple(modules.pop(name) for name in variants),
+        prologues=modules,
+        texts=tuple((folder / "graphs" / f"{name}.txt").read_text() for name in variants),
         weights=weights,
         backend=manifest["backend"],
         device=place,
     )
+
+
+def named_prologues(graphs: Sequence[StepGraph]) -> dict[str, fx.GraphModule]:
+    """The graphs that compute what is known beforehand, by the name of their file.
+
+    Args:
+        graphs: the lowered graph of each variant.
+    """
+    found = {_prologue(g.variant.name): g.prologue for g in graphs if g.prologue is not None}
+    request = merge_prologues([g.request for g in graphs if g.request is not None])
+    return found if request is None else {_REQUEST: request, **found}
+
+
+def _prologue(variant: str) -> str:
+    return f"{variant}-prologue"
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artifact import Artifact, load_artifact
+from .artifact import Artifact, load_artifact, named_prologues
 from .backends import check_all, get_backend
 from .cost import PlanCost, plan_cost
 from .errors import ModelError
 from .graph import StepGraph
+from .passes import passes_without
 from .pipeline import PassReport, module_weights, rewrite
 from .plan import Plan
 from .policies import plan_of
@@ -59,6 +60,8 @@ def build(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    varying: Sequence[str] = (),
+    disable: Sequence[str] = (),
     traced: TracedModel | None = None,
     progress: Progress | None = None,
 ) -> Build:
@@ -70,6 +73,8 @@ def build(
         args: example inputs; the model's own ``example_inputs()`` where left out.
         kwargs: example inputs by name.
         dynamic_batch: let the batch vary where torch.export can.
+        varying: inputs that differ from step to step, beside the first one and the timestep.
+        disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
         traced: the model's trace, where it is there already.
         progress: is told what is being done.
 
@@ -77,7 +82,7 @@ def build(
         InputError: the schedule or the model cannot be used.
     """
     say = progress or (lambda _: None)
-    asked = load_schedule(schedule)
+    asked, passes = load_schedule(schedule), passes_without(disable)
     if traced is None:
         say("tracing the model")
         args, kwargs = example_inputs(model, args, kwargs)
@@ -90,7 +95,7 @@ def build(
         say(f"rewriting {report.variant} of {len(plan.variants)}: {report.pass_name}")
         reports.append(report)
 
-    graphs = rewrite(traced, plan, weights=weights, on_pass=on_pass)
+    graphs = rewrite(traced, plan, passes=passes, varying=varying, weights=weights, on_pass=on_pass)
     cost = plan_cost(plan, graphs, traced.module, weights, traced.symbols)
     return Build(traced, asked, plan, graphs, tuple(reports), cost, weights)
 
@@ -104,6 +109,8 @@ def compile(
     backend: str = "inductor",
     out: str | Path | None = None,
     dynamic_batch: bool = True,
+    varying: Sequence[str] = (),
+    disable: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model's denoising loop under a schedule; the model itself is not changed.
@@ -117,6 +124,9 @@ def compile(
         backend: what runs the graphs: ``eager`` or ``inductor``.
         out: folder to write the artifact to.
         dynamic_batch: let the batch vary where torch.export can.
+        varying: inputs that differ from step to step, beside the first one and the timestep. All
+            others must stay the same throughout a trajectory.
+        disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
         progress: is told what is being done.
 
     Returns:
@@ -126,12 +136,22 @@ def compile(
         InputError: the schedule, the model or the backend cannot be used.
     """
     chosen = get_backend(backend)
-    built = build(model, schedule, args, kwargs, dynamic_batch=dynamic_batch, progress=progress)
+    built = build(
+        model,
+        schedule,
+        args,
+        kwargs,
+        dynamic_batch=dynamic_batch,
+        varying=varying,
+        disable=disable,
+        progress=progress,
+    )
     check_all(chosen, [(step.variant.name, step.graph) for step in built.graphs])
     artifact = Artifact(
         program=make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost),
         schedule=built.schedule,
         graphs=tuple(step.module for step in built.graphs),
+        prologues=named_prologues(built.graphs),
         texts=tuple(graph_text(step) for step in built.graphs),
         weights=built.weights,
         backend=backend,

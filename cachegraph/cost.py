@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .graph import CONSTANT, StepGraph
+from .binding import Binding
+from .graph import CONSTANT, StepGraph, merge_prologues, request_values
 from .plan import Plan
 from .slot import ConstantKind, StepConstant
 from .spec import TensorSpec
@@ -24,10 +25,12 @@ class PlanCost:
 
     Attributes:
         symbols: the sizes that it was computed for, such as the batch.
-        flops: per step; 1 multiply-add is 2 FLOPs, counted by ``torch.utils.flop_counter``
-            (matrix products, convolutions and attention).
+        flops: per step, with its share of what is computed beforehand; 1 multiply-add is 2 FLOPs,
+            counted by ``torch.utils.flop_counter`` (matrix products, convolutions and attention).
         full_flops: of one uncached model call.
         cache_bytes: kept after each step.
+        known_bytes: values known beforehand that are held when each step begins: those of the
+            request, and those of every later step whose prologue has run.
         weight_bytes: of the weights, stored once for all variants.
     """
 
@@ -35,6 +38,7 @@ class PlanCost:
     flops: tuple[int, ...]
     full_flops: int
     cache_bytes: tuple[int, ...]
+    known_bytes: tuple[int, ...]
     weight_bytes: int
 
     @property
@@ -65,15 +69,36 @@ def plan_cost(
         symbols: a size for every shape symbol.
     """
     counted = [count_flops(step.module, symbols, _token_symbols(step)) for step in graphs]
+    before = [count_flops(step.prologue, symbols).fixed if step.prologue else 0 for step in graphs]
+    flops = [
+        before[v] + counted[v].at(_tokens(graphs[v], step))
+        for step, v in enumerate(plan.variant_of)
+    ]
+    request = merge_prologues([step.request for step in graphs if step.request is not None])
+    if request is not None:
+        flops[0] += count_flops(request, symbols).fixed
     return PlanCost(
         symbols=dict(symbols),
-        flops=tuple(
-            counted[v].at(_tokens(graphs[v], step)) for step, v in enumerate(plan.variant_of)
-        ),
+        flops=tuple(flops),
         full_flops=count_flops(full, symbols).fixed,
         cache_bytes=plan.cache_bytes(symbols),
+        known_bytes=_known_bytes(plan, graphs, symbols),
         weight_bytes=sum({t.data_ptr() or id(t): t.nbytes for t in weights.values()}.values()),
     )
+
+
+def _known_bytes(
+    plan: Plan, graphs: Sequence[StepGraph], symbols: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Bytes held when each step begins; a variant's prologue runs before its first step."""
+    lasting = sum(known.spec.nbytes(symbols) for known in request_values(graphs))
+    held = [lasting] * plan.steps
+    for step in graphs:
+        row = sum(k.spec.nbytes(symbols) for k in step.known if k.binding is Binding.STEP)
+        steps = step.variant.steps
+        for now in range(steps[0], plan.steps):
+            held[now] += row * sum(later >= now for later in steps)
+    return tuple(held)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
+from .binding import Binding, Known
 from .selection import Selection
 from .site import Site
 from .slot import Slot
@@ -17,6 +18,7 @@ from .variant import Variant
 # Keys in ``node.meta``.
 SLOT = "cachegraph_slot"  # Slot of a placeholder or of a write
 CONSTANT = "cachegraph_constant"  # StepConstant of a placeholder
+KNOWN = "cachegraph_known"  # Known of a placeholder
 VALUE = "cachegraph_value"  # (site name, value index) on the node that makes a site's value
 ORIGIN = "cachegraph_origin"  # Origin of a node that a pass made
 
@@ -52,18 +54,23 @@ class StepGraph:
         stage: how far it is.
         selection: how tokens are chosen, where some are refreshed.
         order_depth: J of an order of tokens.
-        model_inputs: how many inputs are the model's; slots and step constants follow.
+        bindings: when each of the model's inputs is known; slots, step constants and known values
+            follow them.
         model_outputs: how many outputs are the model's; writes follow.
+        request: computes the known values that are the same at every step, from the model's inputs.
+        prologue: computes those of one step.
     """
 
     module: fx.GraphModule
     variant: Variant
     sites: tuple[Site, ...]
     stage: Stage
-    model_inputs: int
+    bindings: tuple[Binding, ...]
     model_outputs: int
     selection: Selection | None = None
     order_depth: int = 0
+    request: fx.GraphModule | None = None
+    prologue: fx.GraphModule | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -72,7 +79,7 @@ class StepGraph:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """Every input: the model's, then slots that are read, then step constants."""
+        """Every input: the model's, slots that are read, step constants, known values."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
@@ -95,9 +102,56 @@ class StepGraph:
                 if name in by_name:
                     yield by_name[name], index, node
 
+    @property
+    def model_inputs(self) -> int:
+        """How many inputs are the model's."""
+        return len(self.bindings)
+
+    @property
+    def known(self) -> list[Known]:
+        """The known values that are inputs, in order."""
+        return [node.meta[KNOWN] for node in self.inputs if KNOWN in node.meta]
+
     def read_slots(self) -> list[Slot]:
         """The slots that are inputs, in order."""
         return [node.meta[SLOT] for node in self.inputs if SLOT in node.meta]
+
+
+def request_values(graphs: Sequence[StepGraph]) -> list[Known]:
+    """The values known per request that any variant uses, in the order of the request's graph."""
+    found = {
+        known.name: known
+        for graph in graphs
+        for known in graph.known
+        if known.binding is Binding.REQUEST
+    }
+    return list(found.values())
+
+
+def merge_prologues(modules: Sequence[fx.GraphModule]) -> fx.GraphModule | None:
+    """One graph that computes what several do, each value once; None where there are none.
+
+    Args:
+        modules: over the same inputs; nodes of one name do the same in all of them.
+    """
+    if not modules:
+        return None
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    outputs: dict[str, fx.Node] = {}
+    for module in modules:
+        for node in module.graph.nodes:
+            if node.op == "output":
+                outputs.update((n.args[0].name, made[n.name]) for n in node.args[0])
+            elif node.name not in made:
+                made[node.name] = graph.node_copy(node, lambda n: made[n.name])
+    graph.output(tuple(outputs.values()))
+    weights: dict[str, Any] = {}
+    for module in modules:
+        for node in module.graph.find_nodes(op="get_attr"):
+            path, _, leaf = str(node.target).rpartition(".")
+            weights[str(node.target)] = getattr(module.get_submodule(path), leaf)
+    return fx.GraphModule(weights, graph)
 
 
 class Pass(Protocol):

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .binding import Binding, model_bindings
 from .errors import VerifyError
 from .graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
 from .passes import PIPELINE
 from .plan import Plan
 from .text import digest, graph_text
 from .trace import TracedModel
+from .tracking import timestep_input
 from .variant import Variant
-from .verify import Given, evaluate, verify
+from .verify import Given, verify
+from .verify_nodes import evaluate
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def rewrite(
     plan: Plan,
     *,
     passes: Sequence[Pass] = PIPELINE,
+    varying: Sequence[str] = (),
     weights: Mapping[str, Tensor] | None = None,
     on_pass: Callable[[StepGraph, PassReport], None] | None = None,
 ) -> tuple[StepGraph, ...]:
@@ -52,6 +56,7 @@ def rewrite(
         traced: the model.
         plan: what the steps do.
         passes: in order.
+        varying: inputs that differ from step to step, beside the first one and the timestep.
         weights: name -> tensor of the weight store; the traced module's by default.
         on_pass: called after each pass, for progress and for looking at stages.
 
@@ -60,7 +65,12 @@ def rewrite(
     """
     stored = weights if weights is not None else module_weights(traced)
     given = Given(traced.module.graph, stored)
-    return tuple(_rewrite_one(traced, plan, v, passes, given, on_pass) for v in plan.variants)
+    names = [name for name, _ in traced.signature.inputs]
+    clock = timestep_input(traced.signature)
+    bindings = model_bindings(names, None if clock is None else names[clock], varying)
+    return tuple(
+        _rewrite_one(traced, plan, v, passes, bindings, given, on_pass) for v in plan.variants
+    )
 
 
 def module_weights(traced: TracedModel) -> dict[str, Tensor]:
@@ -80,6 +90,7 @@ def _rewrite_one(
     plan: Plan,
     variant: Variant,
     passes: Sequence[Pass],
+    bindings: tuple[Binding, ...],
     given: Given,
     on_pass: Callable[[StepGraph, PassReport], None] | None,
 ) -> StepGraph:
@@ -88,7 +99,7 @@ def _rewrite_one(
         variant,
         plan.sites,
         Stage.TRACED,
-        model_inputs=len(traced.signature.inputs),
+        bindings=bindings,
         model_outputs=len(traced.signature.outputs),
         selection=plan.selection,
         order_depth=plan.order_depth,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .action import Refresh, Row, sources
+from .binding import Binding
 from .cost import PlanCost
-from .graph import CONSTANT, StepGraph
+from .graph import CONSTANT, StepGraph, request_values
 from .plan import Plan, make_plan
 from .schedule import Schedule
 from .selection import Selection
@@ -46,13 +47,16 @@ class VariantLayout:
 
     Attributes:
         name: of the variant.
-        inputs: the model's, then slots, then step constants.
+        inputs: the model's, slots, step constants, known values.
         writes: (site, value) of each output behind the model's.
+        known: per known value, its index among those of the request, or None where it is the next
+            of the step's own.
     """
 
     name: str
     inputs: tuple[SpecText, ...]
     writes: tuple[tuple[int, int], ...]
+    known: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Program:
         steps: what each step does.
         variants: how the graphs are called.
         signature: how the model is called.
+        lasting: indices of the model's inputs that known values depend on and that must therefore
+            stay the same throughout a trajectory.
         batch: the symbol that stands for the batch, or None where it is fixed.
         symbols: shape symbols with the sizes that the model was traced with.
         timesteps: the sampler's, one a step, or None.
@@ -81,6 +87,7 @@ class Program:
     steps: tuple[Step, ...]
     variants: tuple[VariantLayout, ...]
     signature: CallSignature
+    lasting: tuple[int, ...]
     batch: str | None
     symbols: Mapping[str, int]
     timesteps: tuple[float, ...] | None
@@ -109,7 +116,8 @@ def make_program(
         graphs: the lowered graph of each variant.
         cost: what the plan costs.
     """
-    layouts = tuple(_layout(graph) for graph in graphs)
+    request = [known.name for known in request_values(graphs)]
+    layouts = tuple(_layout(graph, request) for graph in graphs)
     return Program(
         sites=plan.sites,
         rows=plan.rows,
@@ -121,6 +129,7 @@ def make_program(
         ),
         variants=layouts,
         signature=traced.signature,
+        lasting=_lasting(graphs),
         batch=traced.batch,
         symbols=dict(traced.symbols),
         timesteps=schedule.timesteps,
@@ -129,7 +138,22 @@ def make_program(
     )
 
 
-def _layout(graph: StepGraph) -> VariantLayout:
+def _lasting(graphs: Sequence[StepGraph]) -> tuple[int, ...]:
+    used: set[int] = set()
+    for step in graphs:
+        for module in (step.request, step.prologue):
+            if module is None:
+                continue
+            inputs = module.graph.find_nodes(op="placeholder")
+            used.update(
+                i
+                for i, (node, binding) in enumerate(zip(inputs, step.bindings, strict=True))
+                if binding is Binding.REQUEST and node.users
+            )
+    return tuple(sorted(used))
+
+
+def _layout(graph: StepGraph, request: Sequence[str]) -> VariantLayout:
     writes = tuple(
         (index, value)
         for index, (site, written) in enumerate(zip(graph.sites, graph.variant.writes, strict=True))
@@ -138,7 +162,10 @@ def _layout(graph: StepGraph) -> VariantLayout:
     )
     writes += tuple((i, part) for i, parts in enumerate(graph.variant.extras) for part in parts)
     inputs = tuple(TensorSpec.of(node.meta["val"]) for node in graph.inputs)
-    return VariantLayout(graph.variant.name, inputs, writes)
+    known = tuple(
+        request.index(k.name) if k.binding is Binding.REQUEST else None for k in graph.known
+    )
+    return VariantLayout(graph.variant.name, inputs, writes, known)
 
 
 def _step(plan: Plan, graph: StepGraph, layout: VariantLayout, step: int) -> Step:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SessionError
+from .known import KnownValues, Prologues, StepFunction
 from .program import Program
 from .spec import TensorSpec, evaluate
 from .tracking import Position, Track, Tracking, make_tracking
 from .variant import VALUES
-
-StepFunction = Callable[..., Sequence[Tensor]]  # a compiled variant
 
 
 @dataclass
@@ -26,6 +25,7 @@ class _Branch:
     A call changes it only when it has succeeded, so a failed one can be repeated.
     """
 
+    known: KnownValues
     position: Position = field(default_factory=Position)
     shapes: tuple[tuple[object, ...], ...] = ()
     values: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
@@ -53,6 +53,7 @@ class Session:
         self._branches: dict[str, _Branch] = {}
         self._branch_name = ""
 
+    @torch.no_grad()
     def __call__(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
         """Call the model for one step.
 
@@ -70,16 +71,19 @@ class Session:
         runner = self._runner
         signature = runner.program.signature
         inputs = signature.flatten(args, kwargs)
-        branch = self._branches.setdefault(self._branch_name, _Branch())
+        branch = self._branches.get(self._branch_name) or _Branch(runner.known_values())
+        self._branches[self._branch_name] = branch
         position = runner.tracking.locate(branch.position, inputs, step)
         shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
         if position.step == 0:
             runner.check_inputs(inputs)
             branch.values.clear()
+            branch.known.begin(inputs)
             branch.shapes, branch.position = shapes, Position()
         elif shapes != branch.shapes:
             self._refuse_change(branch, shapes, position.step)
-        outputs = runner.run_step(position.step, inputs, branch.values)
+        known = branch.known.at(position.step, inputs)
+        outputs = runner.run_step(position.step, inputs, branch.values, known)
         branch.position = position
         return signature.unflatten(outputs, kwargs.get("return_dict"))
 
@@ -99,6 +103,10 @@ class Session:
     def cache_bytes(self) -> int:
         """Bytes of the values that are kept now, over all branches."""
         return sum(t.nbytes for b in self._branches.values() for t in b.values.values())
+
+    def known_bytes(self) -> int:
+        """Bytes of the values known beforehand that are held now, over all branches."""
+        return sum(b.known.nbytes for b in self._branches.values())
 
     def _refuse_change(
         self, branch: _Branch, shapes: tuple[tuple[object, ...], ...], step: int
@@ -124,6 +132,7 @@ class Runner(nn.Module):
         weights: name -> tensor, shared by all variants.
         track: ``timestep`` finds the step of a call from its timestep; ``count`` takes every call
             for the next step, which spares reading a GPU tensor.
+        prologues: what computes values that are known before a step runs, where there are any.
 
     Attributes:
         config: the traced model's configuration (diffusers).
@@ -135,6 +144,7 @@ class Runner(nn.Module):
         functions: Sequence[StepFunction],
         weights: Mapping[str, Tensor],
         track: Track = "timestep",
+        prologues: Prologues | None = None,
     ) -> None:
         super().__init__()
         self.program = program
@@ -147,6 +157,7 @@ class Runner(nn.Module):
         )
         self.config = ModelConfig(program.config)
         self._functions = tuple(functions)
+        self._prologues = prologues or Prologues(None, (None,) * len(functions), batched=False)
         self._weights = dict(weights)
         first = next(iter(weights.values()))
         self.device: torch.device = first.device
@@ -164,10 +175,11 @@ class Runner(nn.Module):
         self.eval()
 
     def _specs(self, step: int) -> tuple[TensorSpec, ...]:
-        """Specs of the step constants: the last inputs of the step's graph."""
+        """Specs of the step constants: the inputs of the step's graph before the known values."""
         entry = self.program.steps[step]
-        inputs = self.program.variants[entry.variant].inputs
-        return inputs[len(inputs) - len(entry.constants) :]
+        layout = self.program.variants[entry.variant]
+        end = len(layout.inputs) - len(layout.known)
+        return layout.inputs[end - len(entry.constants) : end]
 
     def forward(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
         """Call the model for one step of the runner's own session; see :class:`Session`."""
@@ -176,6 +188,10 @@ class Runner(nn.Module):
     def session(self) -> Session:
         """An independent trajectory over the same weights."""
         return Session(self)
+
+    def known_values(self) -> KnownValues:
+        """What is known beforehand of a trajectory that has not begun."""
+        return KnownValues(self.program, self._prologues, self.tracking)
 
     def reset(self) -> None:
         """Forget the runner's own trajectory."""
@@ -189,9 +205,12 @@ class Runner(nn.Module):
         """Bytes that the runner's own session keeps now."""
         return self._session.cache_bytes()
 
-    @torch.no_grad()
     def run_step(
-        self, step: int, inputs: Sequence[Tensor], values: dict[tuple[int, int, int], Tensor]
+        self,
+        step: int,
+        inputs: Sequence[Tensor],
+        values: dict[tuple[int, int, int], Tensor],
+        known: Sequence[Tensor],
     ) -> Sequence[Tensor]:
         """Launch the graph of a step: kept values in, new ones out.
 
@@ -199,6 +218,7 @@ class Runner(nn.Module):
             step: which.
             inputs: the model's, in graph order.
             values: (site, value, step that made it) -> tensor; updated.
+            known: values known beforehand.
 
         Returns:
             The model's outputs.
@@ -207,7 +227,7 @@ class Runner(nn.Module):
         layout = self.program.variants[entry.variant]
         slots = [values[key] for key in entry.slots]
         constants = [self._constants[step, i] for i in range(len(entry.constants))]
-        outputs = self._functions[entry.variant](*inputs, *slots, *constants)
+        outputs = self._functions[entry.variant](*inputs, *slots, *constants, *known)
         count = len(self.program.signature.outputs)
         for (site, value), keep, tensor in zip(
             layout.writes, entry.keeps, outputs[count:], strict=True

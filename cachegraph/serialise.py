@@ -33,7 +33,8 @@ _MEMORY = {
 _LAYOUTS = {str(torch.strided): torch.strided}
 _OPERATOR = type(torch.ops.aten.add.Tensor)
 _FORBIDDEN = {torch.ops.aten.from_file.default}  # maps, and may create, a file of any name
-_WEIGHT_NAME = re.compile(r"(?!__)[\w -]+")  # keys of a ModuleDict need not be identifiers
+# Keys of a ModuleDict need not be identifiers; rows of a weight have a name that says which.
+_WEIGHT_NAME = re.compile(r"(?!__)[\w -]+(\[\d+:\d+\])?")
 _MODULES = {
     "_operator": operator,
     "operator": operator,

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from .action import Action, Compute, Forecast, Refresh, Reuse
-from .graph import CONSTANT, ORIGIN, SLOT, StepGraph
+from .graph import CONSTANT, KNOWN, ORIGIN, SLOT, StepGraph
 from .ops import CACHE_OPS
 from .site import Site
 from .spec import short_dtype, spec_text
@@ -35,8 +35,15 @@ def graph_text(step: StepGraph) -> str:
     %slot_blocks_0_attn_0 = slot "blocks.0.attn#0"          f32[s0, 16, 32]
     %linear_0 = aten.linear(%x, @fc.weight, @fc.bias)       f32[s0, 16, 32]
     return %linear_0
+
+    The graphs that run before the step, where there are any, follow in the same form.
     """
-    return "\n".join([variant_line(step.variant, step.sites), *node_lines(step.graph)]) + "\n"
+    lines = [variant_line(step.variant, step.sites), *node_lines(step.graph)]
+    if step.request is not None:
+        lines += ["", "once a trajectory", *node_lines(step.request.graph)]
+    if step.prologue is not None:
+        lines += ["", "once a trajectory, for all steps", *node_lines(step.prologue.graph)]
+    return "\n".join(lines) + "\n"
 
 
 def node_lines(graph: fx.Graph) -> Iterator[str]:
@@ -122,6 +129,9 @@ def _operation(node: fx.Node) -> str:
             return f'slot "{node.meta[SLOT].name}"'
         if CONSTANT in node.meta:
             return f'step constant "{node.meta[CONSTANT].name}"'
+        if KNOWN in node.meta:
+            known = node.meta[KNOWN]
+            return f'known "{known.name}" per {known.binding.name.lower()}'
         return "input"
     arguments = [_argument(a) for a in node.args]
     keywords = node.kwargs.items()

@@ -166,6 +166,11 @@ def make_tracking(
         raise SessionError(
             "unknown way to track steps", expected="'timestep' or 'count'", found=repr(track)
         )
-    names = [name for name, _ in signature.inputs]
-    found = next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)
+    found = timestep_input(signature)
     return Tracking(steps, found, track == "count", timesteps, ascending)
+
+
+def timestep_input(signature: CallSignature) -> int | None:
+    """Index of the timestep among a model's inputs; None where none is named like it."""
+    names = [name for name, _ in signature.inputs]
+    return next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)

@@ -6,11 +6,9 @@ pass, so a pass that breaks the graph is caught at once, by name.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,19 +17,17 @@ from torch import Tensor, fx
 from . import ops
 from .action import Compute, Forecast, Refresh, Reuse, sources
 from .errors import VerifyError
-from .graph import CONSTANT, SLOT, VALUE, Stage, StepGraph, copy_module
+from .graph import CONSTANT, KNOWN, SLOT, VALUE, Stage, StepGraph, copy_module
 from .slot import EXTRAS, Slot
 from .spec import spec_text
 from .text import graph_text
 from .variant import extra_spec
+from .verify_nodes import not_functional, recompute
+from .verify_prologue import prologues_agree
+from .weights import stored_weight
 
 Broken = tuple[str, str, str]  # what, site, node
 _INLINE_CONSTANT_BYTES = 64 * 1024
-_IN_PLACE = {
-    operator.setitem,
-    operator.delitem,
-    *(function for name, function in vars(operator).items() if name.startswith("__i")),
-}
 
 
 @dataclass(frozen=True)
@@ -85,18 +81,19 @@ def _well_formed(step: StepGraph, given: Given) -> Iterator[Broken]:
         return
     if step.stage is Stage.LOWERED:
         for node in step.graph.nodes:
-            ours = SLOT in node.meta or CONSTANT in node.meta
+            ours = any(key in node.meta for key in (SLOT, CONSTANT, KNOWN))
             if not node.users and node.op != "output" and (node.op != "placeholder" or ours):
                 yield "nothing uses the node", "", node.name
 
 
 def _inputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
-    """The model's inputs, then the slots that the row reads in table order, then constants."""
+    """The model's inputs, the slots that the row reads in table order, constants, known values."""
     nodes = step.inputs
-    kinds = [2 if CONSTANT in n.meta else 1 if SLOT in n.meta else 0 for n in nodes]
+    order = (SLOT, CONSTANT, KNOWN)
+    kinds = [next((i + 1 for i, k in enumerate(order) if k in n.meta), 0) for n in nodes]
     if kinds != sorted(kinds) or kinds.count(0) != step.model_inputs:
         last = nodes[-1].name if nodes else "-"
-        yield "inputs are out of order: model, slots, step constants", "", last
+        yield "inputs are out of order: model, slots, step constants, known values", "", last
         return
     for node, traced in zip(nodes, given.traced.find_nodes(op="placeholder"), strict=False):
         if node.target != traced.target or _spec(node) != _spec(traced):
@@ -185,42 +182,9 @@ def _shapes_recompute(step: StepGraph, given: Given) -> Iterator[Broken]:
         key = (node.op, node.target, id(values[0]), repr(call))
         if key in given.checked:
             continue
-        if problem := _recompute(node):
+        if problem := recompute(node):
             yield problem, "", node.name
         given.checked[key] = values  # kept alive, so that no other value gets its id
-
-
-def _recompute(node: fx.Node) -> str:
-    if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
-        # The body of a higher-order operator was checked where it was traced.
-        return "" if "val" in node.meta else "no recorded shape"
-    try:
-        again = evaluate(node)
-    except Exception as error:  # noqa: BLE001 - an operator may refuse its arguments in any way
-        return f"it cannot be computed: {type(error).__name__}: {str(error).splitlines()[:1]}"
-    if "val" not in node.meta:
-        return "no recorded shape"
-    recorded = node.meta["val"]
-    if spec_text(again) != spec_text(recorded):
-        return f"{spec_text(recorded)} recomputes to {spec_text(again)}"
-    if _device(again) != _device(recorded):
-        return f"{_device(recorded)} recomputes to {_device(again)}"
-    return ""
-
-
-def evaluate(node: fx.Node) -> Any:
-    """Run a node's operation on the recorded values of its inputs: shapes only, no data."""
-    values: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    args, kwargs = values
-    target: Any = node.target
-    inputs = node.graph.find_nodes(op="placeholder")
-    mode = torch._guards.detect_fake_mode([n.meta["val"] for n in inputs if "val" in n.meta])
-    with mode or nullcontext(), torch.no_grad():
-        return target(*args, **kwargs)
-
-
-def _device(value: Any) -> Any:
-    return value.device if isinstance(value, Tensor) else None
 
 
 def _functional(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -228,20 +192,8 @@ def _functional(step: StepGraph, given: Given) -> Iterator[Broken]:
     for node in step.graph.nodes:
         if node.op in ("call_module", "call_method"):
             yield f"{node.op} {node.target} is not a function", "", node.name
-        elif node.op == "call_function" and (problem := _not_functional(node.target)):
+        elif node.op == "call_function" and (problem := not_functional(node.target)):
             yield problem, "", node.name
-
-
-def _not_functional(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return f"{target} changes its inputs" if schema.is_mutable else ""
-    if target in _IN_PLACE:
-        return f"{target} changes its inputs"
-    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
-    on_sizes = module in ("_operator", "math") or (module == "torch" and name.startswith("sym_"))
-    known = target in ops.CACHE_OPS or isinstance(target, torch._ops.HigherOrderOperator)
-    return "" if on_sizes or known else f"{target} is no operator"
 
 
 def _cache_ops_in_stage(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -276,7 +228,9 @@ def _row_and_graph_agree(step: StepGraph, given: Given) -> Iterator[Broken]:
     if step.stage is not Stage.LOWERED:
         return
     computed, reused = _needed(step, given.traced)
-    alive = {node.name for node in step.graph.nodes}
+    # What a prologue computes for the step counts as computed.
+    graphs = [step.graph, *(p.graph for p in (step.request, step.prologue) if p is not None)]
+    alive = {node.name for graph in graphs for node in graph.nodes}
     slots = {(slot.site, slot.value, slot.age) for slot in step.read_slots()}
     for site, action in zip(step.sites, step.variant.row, strict=True):
         match action:
@@ -353,35 +307,31 @@ def _text_is_reproducible(step: StepGraph, given: Given) -> Iterator[Broken]:
     if named := re.search(r"%(\w+) = .* at 0x[0-9a-f]", text):
         yield "the text holds the address of an object", "", named[1]
         return
-    copy = StepGraph(
-        copy_module(step.module),
-        step.variant,
-        step.sites,
-        step.stage,
-        step.model_inputs,
-        step.model_outputs,
-        step.selection,
-        step.order_depth,
-    )
-    if text != graph_text(copy):
+    if text != graph_text(replace(step, module=copy_module(step.module))):
         yield "the text of a copy differs", "", "-"
 
 
 def _weights_are_stored(step: StepGraph, given: Given) -> Iterator[Broken]:
-    """Every weight is in the store under its name, and is that tensor, not a copy."""
+    """Every weight is in the store under its name, or a view of one, and never a copy."""
     for node in step.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         holder, _, leaf = name.rpartition(".")
         tensor = getattr(step.module.get_submodule(holder), leaf)
         if not isinstance(tensor, Tensor):
             continue  # the body of a higher-order operator
-        stored = given.weights.get(name)
-        if stored is None:
+        try:
+            stored = stored_weight(given.weights, name)
+        except KeyError:
             yield f"weight {name!r} is not in the store", "", node.name
-        elif _spec(node) != spec_text(stored):
+            continue
+        if _spec(node) != spec_text(stored):
             yield f"weight {name!r} is {spec_text(stored)} in the store", "", node.name
-        elif tensor is not stored and (tensor.data_ptr() != stored.data_ptr() or tensor.is_meta):
+        elif _memory(tensor) != _memory(stored):
             yield f"weight {name!r} is another tensor than the store's", "", node.name
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride()
 
 
 RULES: tuple[Callable[[StepGraph, Given], Iterator[Broken]], ...] = (
@@ -396,4 +346,5 @@ RULES: tuple[Callable[[StepGraph, Given], Iterator[Broken]], ...] = (
     _row_and_graph_agree,
     _text_is_reproducible,
     _weights_are_stored,
+    prologues_agree,
 )

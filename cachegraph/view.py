@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .action import sources
 from .artifact import Artifact
+from .binding import Binding
 from .compiler import Build
 from .cost import PlanCost, plan_cost
 from .errors import InputError, nearest
@@ -19,8 +20,9 @@ from .pipeline import PassReport
 from .plan import Plan
 from .signature import CallSignature
 from .site import Site
-from .slot import Slot
+from .slot import EXTRAS, Slot
 from .text import graph_text
+from .variant import extra_spec
 
 
 @dataclass(frozen=True)
@@ -166,17 +168,20 @@ def _step_graph(artifact: Artifact, plan: Plan, index: int) -> StepGraph:
         variant,
         program.sites,
         Stage.LOWERED,
-        model_inputs=len(program.signature.inputs),
+        bindings=(Binding.DYNAMIC,) * len(program.signature.inputs),
         model_outputs=len(program.signature.outputs),
     )
     inputs = graph.inputs[graph.model_inputs :]
     first = variant.steps[0]
     slots = program.steps[first].slots
     for node, (site, value, made) in zip(inputs, slots, strict=False):
-        age = sources(plan.rows[first][site]).index(made)
-        spec = program.sites[site].values[value].spec
-        node.meta[SLOT] = Slot(program.sites[site].name, value, age, spec)
+        extra = value in EXTRAS
+        age = 0 if extra else sources(plan.rows[first][site]).index(made)
+        place = program.sites[site]
+        spec = extra_spec(place, value, plan.order_depth) if extra else place.values[value].spec
+        node.meta[SLOT] = Slot(place.name, value, age, spec)
     constants = {constant.name: constant for constant in variant.constants}
     for node in inputs[len(slots) :]:
-        node.meta[CONSTANT] = constants[node.name]
+        if node.name in constants:
+            node.meta[CONSTANT] = constants[node.name]
     return graph

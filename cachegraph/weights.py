@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ArtifactError
 
@@ -33,6 +34,38 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+
+
+def slice_name(name: str, start: int, stop: int) -> str:
+    """The name of rows ``start`` to ``stop`` of a weight, which may be some rows itself."""
+    base, first, _ = _rows(name)
+    return f"{base}[{first + start}:{first + stop}]"
+
+
+def stored_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The weight of a name, or rows of it as a view where the name says so.
+
+    Raises:
+        KeyError: no such weight.
+    """
+    base, start, stop = _rows(name)
+    return weights[base].detach()[start:stop] if stop else weights[name]
+
+
+def add_weight(module: nn.Module, name: str) -> None:
+    """Give a module rows of a weight that it has, under the name that says which."""
+    base, start, stop = _rows(name)
+    path, _, leaf = base.rpartition(".")
+    holder = module.get_submodule(path)
+    rows = getattr(holder, leaf).detach()[start:stop]
+    holder.register_buffer(name.removeprefix(f"{path}."), rows)
+
+
+def _rows(name: str) -> tuple[str, int, int]:
+    """A weight's name and the rows of it; 0 to 0 where it is whole."""
+    match = _SLICE.fullmatch(name)
+    return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 0)
 
 
 def distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,14 +12,21 @@ from typing import Protocol
 from torch import fx
 
 from cachegraph.errors import BackendError, nearest
-from cachegraph.runner import StepFunction
+from cachegraph.known import StepFunction
 from cachegraph.spec import TensorSpec
 
 
 class Backend(Protocol):
-    """Runs lowered graphs."""
+    """Runs lowered graphs.
+
+    Attributes:
+        name: on the command line.
+        exact: computes bit for bit what torch does without compiling; so what is known beforehand
+            is not computed for several steps at once.
+    """
 
     name: str
+    exact: bool
 
     def check(self, graph: fx.Graph) -> list[str]:
         """Everything that the backend cannot take, with reasons; changes nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from cachegraph.runner import StepFunction
+from cachegraph.known import StepFunction
 from cachegraph.spec import TensorSpec
 
 
@@ -14,6 +14,7 @@ class Eager:
     """torch's eager mode."""
 
     name = "eager"
+    exact = True
 
     def check(self, graph: fx.Graph) -> list[str]:
         """Nothing is refused: eager runs whatever was traced."""

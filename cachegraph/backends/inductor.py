@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from cachegraph.runner import StepFunction
+from cachegraph.known import StepFunction
 from cachegraph.spec import TensorSpec
 
 
@@ -15,6 +15,7 @@ class Inductor:
     """torch.compile with inductor; a variant is compiled at its first call."""
 
     name = "inductor"
+    exact = False
 
     def check(self, graph: fx.Graph) -> list[str]:
         """Nothing is refused: torch.compile takes every functional graph of aten operators."""

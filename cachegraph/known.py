@@ -1,0 +1,168 @@
+"""Values that are known before a step runs: computed once a trajectory, handed to each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import SessionError
+from .program import Program
+from .tracking import Tracking
+
+StepFunction = Callable[..., Sequence[Tensor]]  # a graph that can be called
+
+
+@dataclass(frozen=True)
+class Prologues:
+    """The graphs that compute known values from the model's inputs.
+
+    Attributes:
+        request: those that no step changes; None where there are none.
+        steps: one a variant, those of one step; None where there are none.
+        batched: compute them for all steps of a variant in one go, as far as timesteps are known.
+            Products then round differently in the last digit.
+    """
+
+    request: StepFunction | None
+    steps: tuple[StepFunction | None, ...]
+    batched: bool
+
+
+@dataclass
+class _Lasting:
+    """An input that stays the same throughout a trajectory."""
+
+    tensor: Tensor
+    version: int
+    copy: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Lasting:
+        return cls(tensor, _version(tensor), tensor.clone())
+
+    def is_same(self, tensor: Tensor) -> bool:
+        """Compares the contents only where the tensor is another one or was written to."""
+        untouched = tensor is self.tensor and self.version == _version(tensor) >= 0
+        return untouched or torch.equal(tensor, self.copy)
+
+
+class KnownValues:
+    """The known values of one trajectory.
+
+    The timesteps of later steps are those of the schedule or, where it names none, those of the
+    trajectory before; a step whose timestep turns out to be another one is computed by itself.
+    """
+
+    def __init__(self, program: Program, prologues: Prologues, tracking: Tracking) -> None:
+        self._program = program
+        self._prologues = prologues
+        self._tracking = tracking
+        self._lasting: list[_Lasting] = []
+        self._request: tuple[Tensor, ...] = ()
+        self._rows: dict[int, tuple[Tensor, ...]] = {}  # step -> its own values, not used yet
+        self._times: dict[int, Tensor] = {}  # step -> timestep that it is expected to have
+
+    def begin(self, inputs: Sequence[Tensor]) -> None:
+        """A new trajectory: compute what no step changes.
+
+        Args:
+            inputs: the model's.
+        """
+        self._lasting = [_Lasting.of(inputs[i]) for i in self._program.lasting]
+        self._rows.clear()
+        request = self._prologues.request
+        self._request = tuple(request(*inputs)) if request is not None else ()
+        clock = self._tracking.input
+        if clock is not None and self._program.timesteps is not None:
+            times = self._program.timesteps
+            self._times = {s: torch.full_like(inputs[clock], t) for s, t in enumerate(times)}
+
+    def at(self, step: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The known values that a step's graph takes, in its order.
+
+        Args:
+            step: which.
+            inputs: the model's, at this step.
+
+        Raises:
+            SessionError: an input changed that has to stay the same.
+        """
+        self._check_lasting(step, inputs)
+        program = self._program
+        known = program.variants[program.steps[step].variant].known
+        own = iter(self._row(step, inputs) if None in known else ())
+        return [next(own) if index is None else self._request[index] for index in known]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held now."""
+        rows = (t for row in self._rows.values() for t in row)
+        return sum(t.nbytes for t in (*self._request, *rows))
+
+    def _row(self, step: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        expected = self._is_expected(step, inputs)
+        row = self._rows.pop(step, None)
+        if row is None or not expected:
+            self._compute(step, inputs, ahead=expected)
+            row = self._rows.pop(step)
+        return row
+
+    def _is_expected(self, step: int, inputs: Sequence[Tensor]) -> bool:
+        """Whether the call has the timestep that it was expected to have; remembers it."""
+        clock = self._tracking.input
+        if clock is None or not self._prologues.batched:
+            return False
+        if self._tracking.counting:  # the timestep is not looked at
+            return self._program.timesteps is not None
+        time = inputs[clock]
+        known = self._times.get(step)
+        if known is not None and known.shape == time.shape and torch.equal(known, time):
+            return True
+        self._times[step] = time.clone()
+        return False
+
+    def _compute(self, step: int, inputs: Sequence[Tensor], ahead: bool) -> None:
+        """The values of a step and, ahead of time, of the later steps of its variant."""
+        program, clock = self._program, self._tracking.input
+        variant = program.steps[step].variant
+        prologue = self._prologues.steps[variant]
+        if prologue is None:
+            raise LookupError(f"variant {variant} has no prologue")
+        if not ahead or clock is None:
+            self._rows[step] = tuple(prologue(*inputs))
+            return
+        steps = [
+            s
+            for s in range(step, len(program.steps))
+            if program.steps[s].variant == variant
+            and s in self._times
+            and self._times[s].shape == inputs[clock].shape
+        ]
+        given = list(inputs)
+        given[clock] = torch.stack([self._times[s] for s in steps])
+        batch = tuple(0 if i == clock else None for i in range(len(given)))
+        values = torch.vmap(prologue, in_dims=batch)(*given)
+        for i, later in enumerate(steps):
+            # Clones, so that a step's values are freed after it.
+            self._rows[later] = tuple(value[i].clone() for value in values)
+
+    def _check_lasting(self, step: int, inputs: Sequence[Tensor]) -> None:
+        for index, lasting in zip(self._program.lasting, self._lasting, strict=True):
+            if not lasting.is_same(inputs[index]):
+                name = self._program.signature.inputs[index][0]
+                raise SessionError(
+                    f"input {name!r} changed in the middle of a trajectory",
+                    place=f"step {step}",
+                    expected="the contents that it had at step 0",
+                    found="other contents",
+                    remedy=f"compile with varying=[{name!r}] if it differs from step to step; "
+                    "two images at a time need a run.session() each",
+                )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts writes to the tensor; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version

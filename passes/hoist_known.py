@@ -1,0 +1,110 @@
+"""Move what is known before a step runs out of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from cachegraph.binding import Binding, Known, Roofline, binding_times, is_size, worth_hoisting
+from cachegraph.graph import KNOWN, ORIGIN, Origin, StepGraph
+from cachegraph.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class HoistKnown:
+    """Compute what does not depend on the image when a trajectory begins, for all steps at once.
+
+    Before::
+
+        %linear_2 = aten.linear(%silu_1, @ada.weight, @ada.bias)         f32[s0, 32]
+        %unsqueeze_1 = aten.unsqueeze(%linear_2, 1)                      f32[s0, 1, 32]
+        %mul_3 = aten.mul.Tensor(%unsqueeze_1, %slot_blocks_0_attn_0)    f32[s0, 16, 32]
+
+    After::
+
+        %known_linear_2 = known "linear_2" per step                      f32[s0, 32]
+        %unsqueeze_1 = aten.unsqueeze(%known_linear_2, 1)                f32[s0, 1, 32]
+        %mul_3 = aten.mul.Tensor(%unsqueeze_1, %slot_blocks_0_attn_0)    f32[s0, 16, 32]
+
+    and in the prologue::
+
+        %linear_2 = aten.linear(%silu_1, @ada.weight, @ada.bias)         f32[s0, 32]
+        return %linear_2
+
+    What is known follows from the inputs (:class:`cachegraph.binding.Binding`); which of it is
+    worth keeping is a minimum cut. Left alone: outputs of the model, and cheap operations on what
+    is kept.
+
+    Attributes:
+        costs: of computing and of keeping.
+    """
+
+    name: ClassVar[str] = "hoist-known"
+    costs: Roofline = field(default_factory=Roofline)
+
+    def apply(self, step: StepGraph) -> int:
+        """Hoist; returns how many values became inputs."""
+        given = {node.name: b for node, b in zip(step.inputs, step.bindings, strict=False)}
+        times = binding_times(step.graph, given)
+        hoisted = worth_hoisting(step.graph, times, len(step.variant.steps), self.costs)
+        kept = [n for n in step.graph.nodes if n in hoisted and set(n.users) - hoisted]
+        by_step = [n for n in kept if times[n] is Binding.STEP]
+        by_request = [n for n in kept if times[n] is not Binding.STEP]
+        step.request = _prologue(step, by_request)
+        step.prologue = _prologue(step, by_step)
+        for node in kept:
+            value = _input(step, node, max(times[node], Binding.REQUEST))
+            node.replace_all_uses_with(value, lambda u: u not in hoisted, propagate_meta=False)
+        for node in reversed(list(step.graph.nodes)):
+            if not node.users and (node in hoisted or node.op == "get_attr" or is_size(node)):
+                step.graph.erase_node(node)
+        return len(kept)
+
+
+def _input(step: StepGraph, node: fx.Node, binding: Binding) -> fx.Node:
+    """An input behind all others that takes a hoisted value, laid out densely."""
+    value = node.meta["val"]
+    with step.graph.inserting_after(step.inputs[-1]):
+        made = step.graph.create_node("placeholder", node.name, name=f"known_{node.name}")
+    made.target = made.name
+    with value.fake_mode:
+        dense = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    known = Known(node.name, binding, TensorSpec.of(value))
+    made.meta = {KNOWN: known, "val": dense, ORIGIN: Origin(HoistKnown.name)}
+    return made
+
+
+def _prologue(step: StepGraph, values: Sequence[fx.Node]) -> fx.GraphModule | None:
+    """A graph from the model's inputs to the values; None where there are none."""
+    if not values:
+        return None
+    needed, queue = set(values), list(values)
+    while queue:
+        new = [n for n in queue.pop().all_input_nodes if n not in needed]
+        needed.update(new)
+        queue += new
+    needed.update(step.inputs[: step.model_inputs])
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in step.graph.nodes:
+        if node in needed:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    outputs = []
+    for node in values:
+        dense = graph.create_node(
+            "call_function",
+            torch.ops.aten.clone.default,
+            (copied[node],),
+            {"memory_format": torch.contiguous_format},
+            name=f"{node.name}_dense",
+        )
+        value = node.meta["val"]
+        with value.fake_mode:
+            dense.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        outputs.append(dense)
+    graph.output(tuple(outputs))
+    return fx.GraphModule(step.module, graph)
