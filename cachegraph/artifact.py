@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor, fx
 
 from .backends import get_backend
 from .errors import ArtifactError, InputError
-from .graph import StepGraph, merge_prologues
 from .known import Prologues
 from .program import Program
 from .runner import Runner
@@ -34,7 +33,6 @@ FORMAT = 2
 _MANIFEST = "manifest.json"
 _WEIGHTS = "weights.safetensors"
 _SCHEDULE = "schedule.yaml"
-_REQUEST = "request"
 _PROGRAM = TypeAdapter(Program)
 
 
@@ -47,7 +45,7 @@ class Artifact:
         schedule: what was asked for.
         graphs: one lowered graph a variant; weights are shared.
         prologues: by the name of their file, the graphs that compute what is known beforehand:
-            ``request``, and one a variant that has such values.
+            see :func:`cachegraph.known.named_prologues`.
         texts: the graphs as text, with provenance.
         weights: name -> tensor.
         backend: name of the backend that runs the graphs.
@@ -78,8 +76,7 @@ class Artifact:
             chosen.load(graph, layout.inputs)
             for graph, layout in zip(self.graphs, self.program.variants, strict=True)
         ]
-        steps = tuple(self.prologues.get(_prologue(v.name)) for v in self.program.variants)
-        prologues = Prologues(self.prologues.get(_REQUEST), steps, batched=not chosen.exact)
+        prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
         return Runner(self.program, functions, self.weights, track, prologues)
 
     def save(self, path: str | Path) -> Path:
@@ -176,21 +173,6 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
         backend=manifest["backend"],
         device=place,
     )
-
-
-def named_prologues(graphs: Sequence[StepGraph]) -> dict[str, fx.GraphModule]:
-    """The graphs that compute what is known beforehand, by the name of their file.
-
-    Args:
-        graphs: the lowered graph of each variant.
-    """
-    found = {_prologue(g.variant.name): g.prologue for g in graphs if g.prologue is not None}
-    request = merge_prologues([g.request for g in graphs if g.request is not None])
-    return found if request is None else {_REQUEST: request, **found}
-
-
-def _prologue(variant: str) -> str:
-    return f"{variant}-prologue"
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artifact import Artifact, load_artifact, named_prologues
+from .artifact import Artifact, load_artifact
 from .backends import check_all, get_backend
 from .cost import PlanCost, plan_cost
 from .errors import ModelError
 from .graph import StepGraph
+from .known import named_prologues
 from .passes import passes_without
 from .pipeline import PassReport, module_weights, rewrite
 from .plan import Plan

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .errors import SessionError
+from .graph import StepGraph, copy_module, merge_prologues
 from .program import Program
 from .tracking import Tracking
 
+_REQUEST = "request"
 StepFunction = Callable[..., Sequence[Tensor]]  # a graph that can be called
 
 
@@ -26,9 +28,41 @@ class Prologues:
             Products then round differently in the last digit.
     """
 
-    request: StepFunction | None
-    steps: tuple[StepFunction | None, ...]
+    request: fx.GraphModule | None
+    steps: tuple[fx.GraphModule | None, ...]
     batched: bool
+
+    @classmethod
+    def of(
+        cls, program: Program, modules: Mapping[str, fx.GraphModule], *, batched: bool
+    ) -> Prologues:
+        """The graphs by their names.
+
+        Args:
+            program: for the names of the variants.
+            modules: as :func:`named_prologues` names them.
+            batched: see the attribute.
+        """
+        steps = tuple(modules.get(_prologue(v.name)) for v in program.variants)
+        return cls(modules.get(_REQUEST), steps, batched)
+
+
+def named_prologues(graphs: Sequence[StepGraph]) -> dict[str, fx.GraphModule]:
+    """The graphs that compute what is known beforehand.
+
+    Args:
+        graphs: the lowered graph of each variant.
+
+    Returns:
+        ``request``, and ``variant0-prologue`` and so on, where there is something to compute.
+    """
+    found = {_prologue(g.variant.name): g.prologue for g in graphs if g.prologue is not None}
+    request = merge_prologues([g.request for g in graphs if g.request is not None])
+    return found if request is None else {_REQUEST: request, **found}
+
+
+def _prologue(variant: str) -> str:
+    return f"{variant}-prologue"
 
 
 @dataclass
@@ -144,7 +178,7 @@ class KnownValues:
         given = list(inputs)
         given[clock] = torch.stack([self._times[s] for s in steps])
         batch = tuple(0 if i == clock else None for i in range(len(given)))
-        values = torch.vmap(prologue, in_dims=batch)(*given)
+        values = torch.vmap(_with_plain_sizes(prologue), in_dims=batch)(*given)
         for i, later in enumerate(steps):
             # Clones, so that a step's values are freed after it.
             self._rows[later] = tuple(value[i].clone() for value in values)
@@ -161,6 +195,15 @@ class KnownValues:
                     remedy=f"compile with varying=[{name!r}] if it differs from step to step; "
                     "two images at a time need a run.session() each",
                 )
+
+
+def _with_plain_sizes(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph for vmap, which has no rule for the operator that takes a size."""
+    copied = copy_module(module)
+    for node in copied.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        node.op, node.target = "call_method", "size"
+    copied.recompile()
+    return copied
 
 
 def _version(tensor: Tensor) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
 import cachegraph as cg
+from cachegraph.known import Prologues
 from cachegraph.spec import TensorSpec
 from tests.models import (
     dit_steps,
@@ -40,6 +41,11 @@ def fresh() -> None:
     counters.clear()
 
 
+def runner_of(artifact: cg.Artifact, functions: list[Callable[..., Any]]) -> cg.Runner:
+    before = Prologues.of(artifact.program, artifact.prologues, batched=False)
+    return cg.Runner(artifact.program, functions, artifact.weights, prologues=before)
+
+
 def calls_of_variants(artifact: cg.Artifact, batch: int) -> list[list[Tensor]]:
     """What each variant's graph is called with in a trajectory, at the first of its steps."""
     seen: dict[int, list[Tensor]] = {}
@@ -52,7 +58,7 @@ def calls_of_variants(artifact: cg.Artifact, batch: int) -> list[list[Tensor]]:
         return call
 
     functions = [spy(i, graph) for i, graph in enumerate(artifact.graphs)]
-    run = cg.Runner(artifact.program, functions, artifact.weights)
+    run = runner_of(artifact, functions)
     for call in dit_steps(STEPS, batch=batch):
         run(*call)
     return [seen[i] for i in range(len(functions))]
@@ -135,7 +141,7 @@ def test_no_graph_is_built_while_a_trajectory_runs(artifact: cg.Artifact, fresh:
         return call
 
     functions = [counted(i, graph) for i, graph in enumerate(artifact.graphs)]
-    play(cg.Runner(artifact.program, functions, artifact.weights), 2)
+    play(runner_of(artifact, functions), 2)
     assert launched == [step.variant for step in artifact.program.steps]
     assert len(launched) == STEPS
 

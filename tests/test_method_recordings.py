@@ -15,6 +15,7 @@ from torch import Tensor
 import cachegraph as cg
 from cachegraph.backends import get_backend
 from cachegraph.compiler import build
+from cachegraph.known import Prologues, named_prologues
 from cachegraph.program import make_program
 from cachegraph.runner import Runner
 from cachegraph.trace import TracedModel, trace
@@ -61,8 +62,11 @@ class Case:
         built = self.built
         program = make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost)
         pairs = zip(built.graphs, program.variants, strict=True)
-        load = get_backend(backend).load
-        return Runner(program, [load(g.module, v.inputs) for g, v in pairs], built.weights)
+        chosen = get_backend(backend)
+        functions = [chosen.load(g.module, v.inputs) for g, v in pairs]
+        prologues = named_prologues(built.graphs)
+        before = Prologues.of(program, prologues, batched=not chosen.exact)
+        return Runner(program, functions, built.weights, prologues=before)
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.recording["x"][step], self.recording["t"][step], self.recording["y"]

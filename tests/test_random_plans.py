@@ -18,6 +18,7 @@ import cachegraph as cg
 from cachegraph import pipeline
 from cachegraph.action import Action, Compute, Forecast, Reuse, Row, makes_value
 from cachegraph.cost import PlanCost
+from cachegraph.known import Prologues, named_prologues
 from cachegraph.pipeline import module_weights, rewrite
 from cachegraph.plan import Plan, make_plan
 from cachegraph.program import make_program
@@ -143,7 +144,9 @@ def compiled(traced: TracedModel, plan: Plan, *, verified: bool) -> Runner:
         graphs = rewrite(traced, plan)
     schedule = load_schedule(full(plan.steps))
     program = make_program(traced, schedule, plan, graphs, NO_COST)
-    return Runner(program, [graph.module for graph in graphs], module_weights(traced))
+    before = Prologues.of(program, named_prologues(graphs), batched=False)
+    functions = [graph.module for graph in graphs]
+    return Runner(program, functions, module_weights(traced), prologues=before)
 
 
 def check(model: nn.Module, traced: TracedModel, rows: tuple[Row, ...], verified: bool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cachegraph as cg
 from cachegraph.errors import SessionError
+from cachegraph.known import Prologues
 from cachegraph.plan import Plan
 from tests.models import (
     Call,
@@ -333,7 +334,8 @@ class FailsAt:
 def failing_once(artifact: cg.Artifact, variant: int, call: int) -> cg.Runner:
     functions: list[Callable[..., Any]] = list(artifact.graphs)
     functions[variant] = FailsAt(functions[variant], call)
-    return cg.Runner(artifact.program, functions, artifact.weights)
+    before = Prologues.of(artifact.program, artifact.prologues, batched=False)
+    return cg.Runner(artifact.program, functions, artifact.weights, prologues=before)
 
 
 @pytest.mark.parametrize(("variant", "call"), [(0, 0), (0, 1), (1, 0), (1, 3)])

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from cachegraph import ops
+from cachegraph.binding import Binding
 from cachegraph.graph import ORIGIN, SLOT, Origin, Stage, StepGraph
 from cachegraph.pipeline import rewrite
 from cachegraph.plan import Variant
@@ -44,7 +45,7 @@ def hand_built(build: Callable[[fx.Graph, list[fx.Node]], fx.Node]) -> StepGraph
     graph.output((build(graph, inputs),))
     variant = Variant("variant0", (0,), (), (), ())
     module = fx.GraphModule(torch.nn.Module(), graph)
-    return StepGraph(module, variant, (), Stage.LOWERED, model_inputs=3, model_outputs=1)
+    return StepGraph(module, variant, (), Stage.LOWERED, (Binding.DYNAMIC,) * 3, model_outputs=1)
 
 
 def combined(first: int, second: int, factor: float = 2.0) -> StepGraph:
