@@ -29,11 +29,10 @@ from .runner import Runner, StepFunction
 from .schedule import Schedule, load_schedule
 from .serialise import graph_from_json, graph_to_json, weights_module
 from .tracking import Track
-from .weights import distinct, load_weights, save_weights
+from .weights import WEIGHTS_FILE, distinct, load_weights, save_weights
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
-_WEIGHTS = "weights.safetensors"
 _SCHEDULE = "schedule.yaml"
 _COMPILED = "compiled"
 _PROGRAM = TypeAdapter(Program)
@@ -156,7 +155,7 @@ class Artifact:
 
     def _write(self, folder: Path, progress: Progress) -> None:
         stored, aliases = distinct(self.weights)
-        save_weights(stored, folder / _WEIGHTS)
+        save_weights(stored, folder / WEIGHTS_FILE)
         (folder / _SCHEDULE).write_text(self.schedule.to_yaml())
         (folder / "graphs").mkdir()
         for layout, graph, text in zip(self.program.variants, self.graphs, self.texts, strict=True):
@@ -212,7 +211,7 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
             place=str(folder / _MANIFEST),
             found=str(error.errors()[0]["msg"]),
         ) from error
-    weights = load_weights(folder / _WEIGHTS, place)
+    weights = load_weights(folder / WEIGHTS_FILE, place)
     weights.update({alias: weights[name] for alias, name in manifest["aliases"].items()})
     root = weights_module(weights)
     graphs, texts = [], []
@@ -300,7 +299,7 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     # Hashing gigabytes of weights would make loading slow; their size and header are checked.
-    digest = None if path.name == _WEIGHTS else _sha256(path)
+    digest = None if path.name == WEIGHTS_FILE else _sha256(path)
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 

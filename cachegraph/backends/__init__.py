@@ -102,8 +102,9 @@ def get_backend(name: str) -> Backend | AheadOfTime:
     """
     from .eager import Eager
     from .inductor import Inductor
+    from .onnx import Onnx
 
-    known: dict[str, Backend | AheadOfTime] = {b.name: b for b in (Eager(), Inductor())}
+    known: dict[str, Backend | AheadOfTime] = {b.name: b for b in (Eager(), Inductor(), Onnx())}
     if name not in known:
         raise BackendError(
             f"unknown backend {name!r}", expected=", ".join(known), remedy=nearest(name, known)
