@@ -88,7 +88,12 @@ def _finish(
         key = names[value]
         tensor = weights[key]
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offsets[key], tensor.nbytes, value.dtype, shape=value.shape, name=key
+            WEIGHTS_FILE,
+            offsets[key],
+            tensor.nbytes,
+            ir.tensor_adapters.from_torch_dtype(tensor.dtype),
+            shape=ir.Shape(tensor.shape),
+            name=key,
         )
         model.graph.initializers[key] = value
     return ir.to_proto(model)
@@ -121,10 +126,10 @@ def _translate(program: torch.export.ExportedProgram, graph: NamedGraph) -> ir.M
 
 
 def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """ONNX has no sort, but its TopK lets the lower index win among equals, as a stable one does."""
+    """ONNX has no sort; its TopK puts the lower index first among equals, as a stable one does."""
     if not descending:
         raise NotImplementedError("an ascending stable sort")
-    count = op.Constant(value_ints=[self.shape[dim]])
+    count: Any = op.Constant(value_ints=[self.shape[dim]])
     return op.TopK(self, count, axis=dim, largest=1, sorted=1)
 
 
@@ -170,7 +175,7 @@ def _without_names(spec: TensorSpec) -> TensorSpec:
 
 def _name_sizes(model: ir.Model, graph: NamedGraph) -> None:
     """Call varying sizes by the graph's names for them, where torch has made up its own."""
-    specs = graph.inputs | graph.outputs
+    specs = {**graph.inputs, **graph.outputs}
     ends = [v for v in (*model.graph.inputs, *model.graph.outputs) if v.name in specs]
     names: dict[str, str] = {}
     for value in ends:
