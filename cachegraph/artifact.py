@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,26 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, fx
 
-from .backends import get_backend
+from .backends import AheadOfTime, Progress, check_all, get_backend
 from .errors import ArtifactError, InputError
-from .known import Prologues
+from .known import Prologues, StepFunction
+from .named import named_graphs
 from .program import Program
 from .runner import Runner
 from .schedule import Schedule, load_schedule
 from .serialise import graph_from_json, graph_to_json, weights_module
 from .tracking import Track
-from .weights import distinct, load_weights, save_weights, stored_weight
+from .weights import WEIGHTS_FILE, distinct, load_weights, save_weights, stored_weight
 
 FORMAT = 2
 _MANIFEST = "manifest.json"
-_WEIGHTS = "weights.safetensors"
 _SCHEDULE = "schedule.yaml"
+_COMPILED = "compiled"
 _PROGRAM = TypeAdapter(Program)
+
+
+def _unheard(_: str) -> None:
+    """Progress that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Artifact:
         weights: name -> tensor.
         backend: name of the backend that runs the graphs.
         device: that the weights are on.
+        compiled: backend -> folder with what it compiled ahead of time.
     """
 
     program: Program
@@ -60,6 +68,7 @@ class Artifact:
     weights: Mapping[str, Tensor]
     backend: str
     device: torch.device
+    compiled: dict[str, Path] = field(default_factory=dict)
 
     def runner(self, *, track: Track = "timestep", backend: str | None = None) -> Runner:
         """A callable with the traced model's signature.
@@ -71,16 +80,59 @@ class Artifact:
         Raises:
             BackendError: unknown backend.
         """
+        exact = get_backend(backend or self.backend).exact
+        prologues = Prologues.of(self.program, self.prologues, batched=not exact)
+        return Runner(self.program, self.functions(backend), self.weights, track, prologues)
+
+    def functions(self, backend: str | None = None) -> list[StepFunction]:
+        """One function of flat tensors a variant.
+
+        Args:
+            backend: another backend than the artifact was compiled for. One that compiles ahead of
+                time writes its files to a temporary folder that lives as long as the artifact.
+
+        Raises:
+            BackendError: unknown backend, or one that cannot take the graphs.
+        """
         chosen = get_backend(backend or self.backend)
-        functions = [
+        if isinstance(chosen, AheadOfTime):
+            self.compile_ahead(chosen.name)
+            named = named_graphs(self.program, self.graphs)
+            return chosen.open(named, self.weights, self.compiled[chosen.name], self.device)
+        return [
             chosen.load(graph, layout.inputs)
             for graph, layout in zip(self.graphs, self.program.variants, strict=True)
         ]
-        prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
-        return Runner(self.program, functions, self.weights, track, prologues)
 
-    def save(self, path: str | Path) -> Path:
+    def compile_ahead(self, backend: str | None = None, progress: Progress = _unheard) -> None:
+        """Let a backend that compiles ahead of time do so now, where it has not yet.
+
+        Args:
+            backend: another one than the artifact was compiled for.
+            progress: is told what is being done.
+
+        Raises:
+            BackendError: unknown backend, or one that cannot take the graphs.
+        """
+        chosen = get_backend(backend or self.backend)
+        if not isinstance(chosen, AheadOfTime) or chosen.name in self.compiled:
+            return
+        folder = Path(tempfile.mkdtemp(prefix="cachegraph-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._emit(chosen, folder, progress)
+        self.compiled[chosen.name] = folder
+
+    def _emit(self, backend: AheadOfTime, folder: Path, progress: Progress) -> None:
+        named = named_graphs(self.program, self.graphs)
+        check_all(backend, [(name, graph.module.graph) for name, graph in named.items()])
+        backend.emit(named, self.weights, folder, progress)
+
+    def save(self, path: str | Path, progress: Progress = _unheard) -> Path:
         """Write the artifact beside ``path`` and rename it when whole.
+
+        Args:
+            path: of the folder.
+            progress: is told what is being done.
 
         Raises:
             ArtifactError: ``path`` exists and is no artifact.
@@ -97,16 +149,19 @@ class Artifact:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            self._write(partial)
+            self._write(partial, progress)
             _swap(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        compiled = target / _COMPILED / self.backend
+        if compiled.is_dir():
+            self.compiled[self.backend] = compiled
         return target
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, progress: Progress) -> None:
         stored, aliases = distinct(self.weights)
-        save_weights(stored, folder / _WEIGHTS)
+        save_weights(stored, folder / WEIGHTS_FILE)
         (folder / _SCHEDULE).write_text(self.schedule.to_yaml())
         (folder / "graphs").mkdir()
         names = [layout.name for layout in self.program.variants]
@@ -116,6 +171,7 @@ class Artifact:
         for name, module in modules.items():
             lines = ",\n".join(json.dumps(node) for node in graph_to_json(module.graph))
             (folder / "graphs" / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+        self._write_compiled(folder / _COMPILED / self.backend, progress)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         manifest: dict[str, Any] = {
             "cachegraph": FORMAT,
@@ -127,6 +183,17 @@ class Artifact:
         }
         manifest["digest"] = _digest(manifest)
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _write_compiled(self, folder: Path, progress: Progress) -> None:
+        """What the backend compiled ahead of time, if it does."""
+        chosen = get_backend(self.backend)
+        if not isinstance(chosen, AheadOfTime):
+            return
+        if chosen.name in self.compiled:
+            shutil.copytree(self.compiled[chosen.name], folder)
+        else:
+            folder.mkdir(parents=True)
+            self._emit(chosen, folder, progress)
 
 
 def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artifact:
@@ -153,7 +220,7 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
             place=str(folder / _MANIFEST),
             found=str(error.errors()[0]["msg"]),
         ) from error
-    weights = load_weights(folder / _WEIGHTS, place)
+    weights = load_weights(folder / WEIGHTS_FILE, place)
     weights.update({alias: weights[name] for alias, name in manifest["aliases"].items()})
     graphs = {
         path.stem: graph_from_json(json.loads(path.read_text()), place)
@@ -172,6 +239,7 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
         weights=weights,
         backend=manifest["backend"],
         device=place,
+        compiled={p.name: p for p in (folder / _COMPILED).glob("*")},
     )
 
 
@@ -243,7 +311,7 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     # Hashing gigabytes of weights would make loading slow; their size and header are checked.
-    digest = None if path.name == _WEIGHTS else _sha256(path)
+    digest = None if path.name == WEIGHTS_FILE else _sha256(path)
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import Artifact, load_artifact
-from .backends import check_all, get_backend
+from .backends import Progress, check_all, get_backend
 from .cost import PlanCost, plan_cost
 from .errors import ModelError
 from .graph import StepGraph
@@ -28,7 +28,6 @@ from .trace import TracedModel, trace
 from .tracking import Track
 
 ScheduleSource = str | Path | Mapping[str, object] | Schedule
-Progress = Callable[[str], None]  # is told what is being done
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,12 @@ def compile(
         backend=backend,
         device=next(iter(built.weights.values())).device,
     )
-    if out is not None:
-        if progress is not None:
-            progress("writing the artifact")
-        artifact.save(out)
+    say = progress or (lambda _: None)
+    if out is None:
+        artifact.compile_ahead(progress=say)
+    else:
+        say("writing the artifact")
+        artifact.save(out, say)
     return artifact
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,6 +39,11 @@ class Slot:
         if self.value in EXTRAS:
             return f"{self.site}:{EXTRAS[self.value]}"
         return f"{self.site}#{self.value}" + (f"@{self.age}" if self.age else "")
+
+    @property
+    def label(self) -> str:
+        """The name as an identifier: ``blocks_3_attn_0``."""
+        return re.sub(r"\W+", "_", self.name)
 
 
 class ConstantKind(StrEnum):

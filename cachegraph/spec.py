@@ -32,6 +32,7 @@ DTYPES = {  # by the name used in text
     if isinstance(d, torch.dtype)
 }
 _TEXT = re.compile(r"(\w+)\[(.*)\]")
+_SYMBOL = re.compile(r"[A-Za-z_]\w*\b(?!\()")  # not the name of a function
 
 # What torch.export writes into the sizes of tensors. An artifact brings its expressions along, so
 # they are read as arithmetic and never as code.
@@ -102,11 +103,15 @@ class TensorSpec:
 
     def symbols(self) -> set[str]:
         """The names of the symbols in the shape."""
-        found: set[str] = set()
-        for dim in self.shape:
-            if isinstance(dim, str):
-                found |= set(re.findall(r"[A-Za-z_]\w*\b(?!\()", dim))
-        return found
+        return {s for dim in self.shape if isinstance(dim, str) for s in _SYMBOL.findall(dim)}
+
+    def renamed(self, names: Mapping[str, str]) -> TensorSpec:
+        """The same with other names for some symbols."""
+        dims = (
+            d if isinstance(d, int) else _SYMBOL.sub(lambda m: names.get(m[0], m[0]), d)
+            for d in self.shape
+        )
+        return TensorSpec(tuple(dims), self.dtype)
 
 
 def _dim(size: object) -> Dim:

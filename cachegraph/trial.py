@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import Artifact
-from .backends import get_backend
 from .errors import ModelError, TraceError
 from .inputs import random_tensor
 from .plan import make_plan
@@ -37,16 +36,16 @@ class StepError:
 
 def warm_up(artifact: Artifact, progress: Progress) -> None:
     """Call every variant once with the traced sizes, so that torch keeps the kernels on disk."""
-    backend = get_backend(artifact.backend)
     program, generator = artifact.program, torch.Generator().manual_seed(0)
-    for number, (graph, layout) in enumerate(zip(artifact.graphs, program.variants, strict=True)):
+    functions = artifact.functions()
+    for number, (function, layout) in enumerate(zip(functions, program.variants, strict=True)):
         progress(f"compiling {layout.name}", number, len(program.variants))
         tensors = [
             random_tensor("", spec.sizes(program.symbols), spec.dtype, generator)
             for spec in layout.inputs
         ]
         with torch.no_grad():
-            backend.load(graph, layout.inputs)(*(t.to(artifact.device) for t in tensors))
+            function(*(t.to(artifact.device) for t in tensors))
 
 
 def calls(program: Program, seed: int) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from .errors import ArtifactError
 # Bytes. Matrix products round differently on data that is not aligned as torch aligns its own, so
 # a loaded model would not compute bit for bit what the compiled one does.
 _ALIGNMENT = 64
+WEIGHTS_FILE = "weights.safetensors"
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -100,8 +101,30 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         ArtifactError: a weight on the meta device, or of a dtype that the format does not have.
     """
+    head, starts = _header(weights)
+    with path.open("wb") as file:
+        file.write(head)
+        for name in starts:
+            plain = weights[name].detach().cpu().contiguous().reshape(-1)
+            plain.view(torch.uint8).numpy().tofile(file)
+
+
+def weight_offsets(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> byte in the file of weights where a tensor begins; tied weights share theirs.
+
+    Args:
+        weights: with aliases, as an artifact has them.
+    """
+    stored, aliases = distinct(weights)
+    head, starts = _header(stored)
+    offsets = {name: len(head) + start for name, start in starts.items()}
+    return offsets | {alias: offsets[name] for alias, name in aliases.items()}
+
+
+def _header(weights: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and name -> first byte of each tensor behind it, in order."""
     ordered = sorted(weights.items(), key=lambda item: (item[1].nbytes % _ALIGNMENT > 0, item[0]))
-    header, end = {}, 0
+    header, starts, end = {}, {}, 0
     for name, tensor in ordered:
         if tensor.is_meta or tensor.dtype not in _NAMES:
             raise ArtifactError(
@@ -113,13 +136,10 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         start, end = end, end + tensor.nbytes
         shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        starts[name] = start
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            plain = tensor.detach().cpu().contiguous().reshape(-1)
-            plain.view(torch.uint8).numpy().tofile(file)
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def load_weights(path: Path, device: torch.device) -> dict[str, Tensor]:

@@ -206,7 +206,7 @@ class _Insertion:
     def _read(self, slot: fx.Node) -> fx.Node:
         kept: Slot = slot.meta[SLOT]
         node = self.step.graph.create_node(
-            "call_function", ops.read, (slot,), name=f"read_{_identifier(kept.name)}"
+            "call_function", ops.read, (slot,), name=f"read_{kept.label}"
         )
         node.meta[ORIGIN] = Origin(self.maker, kept.site)
         return node
@@ -230,7 +230,7 @@ class _Insertion:
                     ops.write,
                     (value,),
                     {"slot": slot.name},
-                    name=f"write_{_identifier(slot.name)}",
+                    name=f"write_{slot.label}",
                 )
             node.meta = {SLOT: slot, ORIGIN: Origin(self.maker, slot.site)}
             self.step.output.args = ((*self.step.outputs, node),)
@@ -240,7 +240,7 @@ class _Insertion:
         place = self._place(slot)
         before = [n for n in self.step.inputs if CONSTANT not in n.meta]
         before = [n for n in before if SLOT not in n.meta or self._place(n.meta[SLOT]) < place]
-        name = f"slot_{_identifier(slot.name)}"
+        name = f"slot_{slot.label}"
         node = self._input(name, before[-1])
         node.meta = {SLOT: slot, "val": example, ORIGIN: Origin(self.maker, slot.site)}
         return node

@@ -29,7 +29,7 @@ from tests.models import fill_random, full, one_thread, relative_error  # noqa: 
 
 WIDTH = 8
 SITES = 6  # of the model below
-NO_COST = PlanCost({}, (), 0, (), 0)
+NO_COST = PlanCost({}, (), 0, (), (), 0)
 
 
 class Joint(nn.Module):

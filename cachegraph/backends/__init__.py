@@ -1,23 +1,29 @@
 """Backends: what runs a lowered graph.
 
-A backend answers three questions: :meth:`Backend.check` (what in this graph can it not take?),
-:meth:`Backend.load` (a function that runs it) and whether compiling happens ahead.
+Every backend says what in a graph it cannot take (``check``). A :class:`Backend` compiles, if it
+does at all, when a graph is called for the first time. An :class:`AheadOfTime` one writes files,
+which become part of the artifact, and opens them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from cachegraph.errors import BackendError, nearest
 from cachegraph.known import StepFunction
+from cachegraph.named import NamedGraph
 from cachegraph.spec import TensorSpec
+
+Progress = Callable[[str], None]  # is told what is being done
 
 
 class Backend(Protocol):
-    """Runs lowered graphs.
+    """Runs lowered graphs as they are.
 
     Attributes:
         name: on the command line.
@@ -42,7 +48,61 @@ class Backend(Protocol):
         ...
 
 
-def get_backend(name: str) -> Backend:
+@runtime_checkable
+class AheadOfTime(Protocol):
+    """Compiles lowered graphs to files, and runs these; for the attributes see :class:`Backend`."""
+
+    name: str
+    exact: bool
+
+    def check(self, graph: fx.Graph) -> list[str]:
+        """Everything that the backend cannot take, with reasons; changes nothing."""
+        ...
+
+    def emit(
+        self,
+        graphs: Mapping[str, NamedGraph],
+        weights: Mapping[str, Tensor],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        """Compile every graph into files of a folder.
+
+        The weights are in the artifact already, so the files are to do without their contents.
+
+        Args:
+            graphs: by name.
+            weights: name -> tensor, shared by all graphs.
+            folder: empty; all that is in it afterwards belongs to the artifact.
+            progress: is told what is being done.
+
+        Raises:
+            BackendError: something could not be compiled, or is not installed.
+        """
+        ...
+
+    def open(
+        self,
+        graphs: Mapping[str, NamedGraph],
+        weights: Mapping[str, Tensor],
+        folder: Path,
+        device: torch.device,
+    ) -> list[StepFunction]:
+        """A function of flat tensors for each graph, in the order of ``graphs``.
+
+        Args:
+            graphs: by name, as they were emitted.
+            weights: name -> tensor, on the device.
+            folder: what :meth:`emit` filled; it may be gone once the functions are made.
+            device: where the functions run.
+
+        Raises:
+            BackendError: the files cannot run here.
+        """
+        ...
+
+
+def get_backend(name: str) -> Backend | AheadOfTime:
     """The backend of that name.
 
     Raises:
@@ -50,8 +110,9 @@ def get_backend(name: str) -> Backend:
     """
     from .eager import Eager
     from .inductor import Inductor
+    from .onnx import Onnx
 
-    known: dict[str, Backend] = {b.name: b for b in (Eager(), Inductor())}
+    known: dict[str, Backend | AheadOfTime] = {b.name: b for b in (Eager(), Inductor(), Onnx())}
     if name not in known:
         raise BackendError(
             f"unknown backend {name!r}", expected=", ".join(known), remedy=nearest(name, known)
@@ -59,7 +120,7 @@ def get_backend(name: str) -> Backend:
     return known[name]
 
 
-def check_all(backend: Backend, graphs: Sequence[tuple[str, fx.Graph]]) -> None:
+def check_all(backend: Backend | AheadOfTime, graphs: Sequence[tuple[str, fx.Graph]]) -> None:
     """Refuse graphs that a backend cannot take.
 
     Args:

@@ -1,0 +1,128 @@
+"""Convert the graphs to ONNX and run them with onnxruntime."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cachegraph.errors import BackendError
+from cachegraph.known import StepFunction
+from cachegraph.named import NamedGraph
+
+from . import Progress
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Onnx:
+    """One ONNX file a graph, all of them referring to the artifact's one file of weights."""
+
+    name = "onnx"
+    exact = False
+
+    def check(self, graph: fx.Graph) -> list[str]:
+        """Operations that cannot be said in ONNX."""
+        require(_PACKAGES, "onnx", "cachegraph[onnx]")
+        from .onnx_graph import untranslatable
+
+        return untranslatable(graph)
+
+    def emit(
+        self,
+        graphs: Mapping[str, NamedGraph],
+        weights: Mapping[str, Tensor],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        """``NAME.onnx`` for each graph."""
+        require(_PACKAGES, "onnx", "cachegraph[onnx]")
+        from .onnx_graph import to_onnx
+
+        for name, graph in graphs.items():
+            progress(f"converting {name} to ONNX")
+            model = to_onnx(name, graph, weights)
+            (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+    def open(
+        self,
+        graphs: Mapping[str, NamedGraph],
+        weights: Mapping[str, Tensor],
+        folder: Path,
+        device: torch.device,
+    ) -> list[StepFunction]:
+        """A session of onnxruntime for each graph; they share the weights in memory."""
+        require(_PACKAGES, "onnx", "cachegraph[onnx]")
+        import onnxruntime
+
+        provider = _provider(onnxruntime.get_available_providers(), device)
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        return [_function(folder / f"{name}.onnx", provider, stored, device) for name in graphs]
+
+
+def require(packages: Sequence[str], backend: str, extra: str) -> None:
+    """Refuse to go on without packages.
+
+    Raises:
+        BackendError: names those that are missing, and how to install them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendError(
+            f"backend {backend} needs packages that are not installed",
+            found=f"no {', '.join(missing)}",
+            remedy=f"pip install '{extra}'",
+        )
+
+
+def _provider(available: Sequence[str], device: torch.device) -> str:
+    provider = _PROVIDERS.get(device.type, device.type)
+    if provider not in available:
+        raise BackendError(
+            f"this onnxruntime cannot run on {device}",
+            expected=provider,
+            found=", ".join(available),
+            remedy="pip install onnxruntime-gpu" if device.type == "cuda" else "load it on the cpu",
+        )
+    return provider
+
+
+def _function(
+    path: Path, provider: str, weights: Mapping[str, Tensor], device: torch.device
+) -> StepFunction:
+    """A session as a function of flat tensors."""
+    import onnx
+    import onnxruntime
+    from onnxruntime import OrtValue
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = torch.get_num_threads()
+    # The sessions of a trajectory take turns: threads of one must not spin while another runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    model = onnx.load(path, load_external_data=False)
+    used = [t.name for t in model.graph.initializer if t.name in weights]
+    # The session does not own them, so they must live as long as the function does.
+    values = [OrtValue.from_dlpack(weights[name]) for name in used]
+    options.add_external_initializers(used, values)
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    names = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs()]
+    place = (device.type, device.index or 0)
+
+    def call(*tensors: Tensor, _kept: Any = (weights, values)) -> list[Tensor]:
+        binding = session.io_binding()
+        given = [OrtValue.from_dlpack(t.detach().contiguous()) for t in tensors]
+        for name, value in zip(names, given, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, *place)
+        session.run_with_iobinding(binding)
+        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+
+    return call

@@ -1,0 +1,221 @@
+"""A lowered graph as an ONNX model whose weights lie in the artifact's own file of weights."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.tensor_adapters
+import onnxscript.optimizer
+import torch
+from onnxscript import opset20 as op
+from torch import Tensor, fx
+from torch.export import Dim
+from torch.onnx._internal.exporter import _decomp, _registration
+
+from cachegraph.errors import BackendError
+from cachegraph.named import NamedGraph
+from cachegraph.spec import TensorSpec
+from cachegraph.weights import WEIGHTS_FILE, weight_offsets
+
+OPSET = 20  # the newest that every TensorRT 10 reads
+MODULE = "module"  # key in a node's metadata: path of the module that it was traced in
+_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's own: "['', 'blocks.0', 'blocks.0.attn', 'add']"
+_LOGGER = "torch.onnx._internal.exporter._registration"
+
+
+def untranslatable(graph: fx.Graph) -> list[str]:
+    """Operations that cannot be said in ONNX; changes nothing."""
+    known, found = _known_operations(), {}
+    for node in graph.nodes:
+        target: Any = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target not in known and not target._can_decompose():
+            found[f"no ONNX translation of {target}"] = node.name
+    return [f"{why} (node {name})" for why, name in found.items()]
+
+
+def to_onnx(name: str, graph: NamedGraph, weights: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """Convert a graph.
+
+    Args:
+        name: of the graph.
+        graph: what to convert.
+        weights: name -> tensor. The model refers to them by their place in a file of weights beside
+            it, as :func:`cachegraph.weights.save_weights` writes it.
+
+    Raises:
+        BackendError: an operation has no translation, or an input or output did not survive.
+    """
+    try:
+        with torch.no_grad(), _quiet():
+            model = _translate(_export(graph), graph)
+    except Exception as error:
+        raise BackendError(
+            "the graph cannot be converted to ONNX", place=name, found=_innermost(error)
+        ) from error
+    return _finish(name, model, graph, weights)
+
+
+def _finish(
+    name: str, model: ir.Model, graph: NamedGraph, weights: Mapping[str, Tensor]
+) -> onnx.ModelProto:
+    """Simplify and check a model, and let it refer to the file of weights."""
+    # Weights stand as inputs for a while: nothing folds what it cannot see.
+    used = [value for key, value in model.graph.initializers.items() if key in weights]
+    names = {value: str(value.name) for value in used}
+    for value in used:
+        del model.graph.initializers[names[value]]
+        model.graph.inputs.append(value)
+    onnxscript.optimizer.optimize(model)
+    _check_interface(name, model, graph, len(used))
+    _name_sizes(model, graph)
+    for node in model.graph:
+        _keep_module_path(node)
+    model.graph.name = name
+    model.producer_name = "cachegraph"
+    onnx.checker.check_model(ir.to_proto(model).SerializeToString(), full_check=True)
+    offsets = weight_offsets(weights)
+    for value in used:
+        model.graph.inputs.remove(value)
+        key = names[value]
+        tensor = weights[key]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE,
+            offsets[key],
+            tensor.nbytes,
+            ir.tensor_adapters.from_torch_dtype(tensor.dtype),
+            shape=ir.Shape(tensor.shape),
+            name=key,
+        )
+        model.graph.initializers[key] = value
+    return ir.to_proto(model)
+
+
+def _export(graph: NamedGraph) -> torch.export.ExportedProgram:
+    sizes = graph.example_sizes()
+    specs = graph.inputs.values()
+    example = tuple(torch.zeros(spec.sizes(sizes), dtype=spec.dtype) for spec in specs)
+    varying = tuple(
+        {i: Dim.AUTO for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in specs
+    )
+    return torch.export.export(graph.module, example, dynamic_shapes=varying, strict=False)
+
+
+def _translate(program: torch.export.ExportedProgram, graph: NamedGraph) -> ir.Model:
+    made = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=list(graph.inputs),
+        output_names=list(graph.outputs),
+        opset_version=OPSET,
+        custom_translation_table=_TRANSLATIONS,
+        optimize=False,
+        verbose=False,
+    )
+    if made is None:
+        raise TypeError("torch.onnx.export returned nothing")
+    return made.model
+
+
+def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+    """ONNX has no sort; its TopK puts the lower index first among equals, as a stable one does."""
+    if not descending:
+        raise NotImplementedError("an ascending stable sort")
+    count: Any = op.Constant(value_ints=[self.shape[dim]])
+    return op.TopK(self, count, axis=dim, largest=1, sorted=1)
+
+
+_TRANSLATIONS: dict[Any, Any] = {torch.ops.aten.sort.stable: _sort}
+
+
+@cache
+def _known_operations() -> set[Any]:
+    with _quiet():
+        registry = _registration.ONNXRegistry.from_torchlib(OPSET)
+    direct = set(_decomp.get_onnx_implemented_overloads(registry)) | set(_TRANSLATIONS)
+    return direct | set(_decomp.create_onnx_friendly_decomposition_table(direct))
+
+
+def _check_interface(name: str, model: ir.Model, graph: NamedGraph, weights: int) -> None:
+    """A write that is lost on the way would leave a slot unchanged: refuse it."""
+    inputs = list(model.graph.inputs)[: len(model.graph.inputs) - weights]
+    for kind, values, wanted in (
+        ("inputs", inputs, graph.inputs),
+        ("outputs", list(model.graph.outputs), graph.outputs),
+    ):
+        found = [f"{value.name}: {_spec_of(value)}" for value in values]
+        expected = [f"{key}: {_without_names(spec)}" for key, spec in wanted.items()]
+        if found != expected:
+            raise BackendError(
+                f"the {kind} of the graph did not survive the conversion to ONNX",
+                place=name,
+                expected=", ".join(e for e in expected if e not in found) or "this order",
+                found=", ".join(f for f in found if f not in expected) or "nothing for these",
+            )
+
+
+def _spec_of(value: ir.Value) -> TensorSpec:
+    dtype = ir.DataType.UNDEFINED if value.dtype is None else value.dtype
+    shape = value.shape or ()
+    dims = tuple(dim if isinstance(dim, int) else "?" for dim in shape)
+    return TensorSpec(dims, ir.tensor_adapters.to_torch_dtype(dtype))
+
+
+def _without_names(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(tuple(d if isinstance(d, int) else "?" for d in spec.shape), spec.dtype)
+
+
+def _name_sizes(model: ir.Model, graph: NamedGraph) -> None:
+    """Call varying sizes by the graph's names for them, where torch has made up its own."""
+    specs = {**graph.inputs, **graph.outputs}
+    ends = [v for v in (*model.graph.inputs, *model.graph.outputs) if v.name in specs]
+    names: dict[str, str] = {}
+    for value in ends:
+        for made_up, dim in zip(value.shape or (), specs[str(value.name)].shape, strict=True):
+            if isinstance(dim, str) and dim.isidentifier():
+                names[str(made_up)] = dim
+    for value in (*ends, *(out for node in model.graph for out in node.outputs)):
+        if value.shape is not None:
+            dims = TensorSpec(tuple(map(_dim, value.shape)), torch.bool).renamed(names).shape
+            value.shape = ir.Shape(dims)
+
+
+def _dim(dim: int | ir.SymbolicDim) -> int | str:
+    return dim if isinstance(dim, int) else str(dim)
+
+
+def _keep_module_path(node: ir.Node) -> None:
+    """Of all that torch notes about a node, keep which module it was traced in."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    node.metadata_props.clear()
+    node.doc_string = None
+    if len(scopes) > 1 and scopes[-2]:
+        node.metadata_props[MODULE] = scopes[-2]
+    for value in node.outputs:
+        value.metadata_props.clear()
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch tells about packages that are not installed."""
+    logger = logging.getLogger(_LOGGER)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
