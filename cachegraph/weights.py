@@ -54,6 +54,11 @@ def stored_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
     return weights[base].detach()[start:stop] if stop else weights[name]
 
 
+def is_stored(weights: Mapping[str, Tensor], name: str) -> bool:
+    """True where the name is that of a weight, or of rows of one."""
+    return _rows(name)[0] in weights
+
+
 def add_weight(module: nn.Module, name: str) -> None:
     """Give a module rows of a weight that it has, under the name that says which."""
     base, start, stop = _rows(name)
@@ -119,6 +124,22 @@ def weight_offsets(weights: Mapping[str, Tensor]) -> dict[str, int]:
     head, starts = _header(stored)
     offsets = {name: len(head) + start for name, start in starts.items()}
     return offsets | {alias: offsets[name] for alias, name in aliases.items()}
+
+
+def place_of(
+    name: str, weights: Mapping[str, Tensor], offsets: Mapping[str, int]
+) -> tuple[int, Tensor]:
+    """Where a weight, or rows of one, begin in the file of weights, and the tensor itself.
+
+    Args:
+        name: of the weight, or of rows of it.
+        weights: with aliases.
+        offsets: from :func:`weight_offsets`.
+    """
+    base, start, _ = _rows(name)
+    whole = weights[base]
+    row = whole[0].nbytes if start else 0
+    return offsets[base] + start * row, stored_weight(weights, name)
 
 
 def _header(weights: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:

@@ -108,11 +108,13 @@ def get_backend(name: str) -> Backend | AheadOfTime:
     Raises:
         BackendError: there is none; lists those that exist.
     """
+    from .aoti import Aoti
     from .eager import Eager
     from .inductor import Inductor
     from .onnx import Onnx
 
-    known: dict[str, Backend | AheadOfTime] = {b.name: b for b in (Eager(), Inductor(), Onnx())}
+    every: tuple[Backend | AheadOfTime, ...] = (Eager(), Inductor(), Aoti(), Onnx())
+    known = {backend.name: backend for backend in every}
     if name not in known:
         raise BackendError(
             f"unknown backend {name!r}", expected=", ".join(known), remedy=nearest(name, known)

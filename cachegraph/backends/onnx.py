@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from cachegraph.errors import BackendError
 from cachegraph.known import StepFunction
 from cachegraph.named import NamedGraph
+from cachegraph.weights import is_stored, stored_weight
 
 from . import Progress
 
@@ -106,9 +107,9 @@ def _function(
     # The sessions of a trajectory take turns: threads of one must not spin while another runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     model = onnx.load(path, load_external_data=False)
-    used = [t.name for t in model.graph.initializer if t.name in weights]
+    used = [t.name for t in model.graph.initializer if is_stored(weights, t.name)]
     # The session does not own them, so they must live as long as the function does.
-    values = [OrtValue.from_dlpack(weights[name]) for name in used]
+    values = [OrtValue.from_dlpack(stored_weight(weights, name)) for name in used]
     options.add_external_initializers(used, values)
     session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     names = [value.name for value in session.get_inputs()]

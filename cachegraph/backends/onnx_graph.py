@@ -16,13 +16,14 @@ import onnxscript.optimizer
 import torch
 from onnxscript import opset20 as op
 from torch import Tensor, fx
-from torch.export import Dim
 from torch.onnx._internal.exporter import _decomp, _registration
 
 from cachegraph.errors import BackendError
 from cachegraph.named import NamedGraph
 from cachegraph.spec import TensorSpec
-from cachegraph.weights import WEIGHTS_FILE, weight_offsets
+from cachegraph.weights import WEIGHTS_FILE, is_stored, place_of, weight_offsets
+
+from .export import export_graph
 
 OPSET = 20  # the newest that every TensorRT 10 reads
 MODULE = "module"  # key in a node's metadata: path of the module that it was traced in
@@ -56,7 +57,9 @@ def to_onnx(name: str, graph: NamedGraph, weights: Mapping[str, Tensor]) -> onnx
     """
     try:
         with torch.no_grad(), _quiet():
-            model = _translate(_export(graph), graph)
+            specs = list(graph.inputs.values())
+            exported = export_graph(graph.module, specs, graph.example_sizes())
+            model = _translate(exported, graph)
     except Exception as error:
         raise BackendError(
             "the graph cannot be converted to ONNX", place=name, found=_innermost(error)
@@ -69,7 +72,7 @@ def _finish(
 ) -> onnx.ModelProto:
     """Simplify and check a model, and let it refer to the file of weights."""
     # Weights stand as inputs for a while: nothing folds what it cannot see.
-    used = [value for key, value in model.graph.initializers.items() if key in weights]
+    used = [v for key, v in model.graph.initializers.items() if is_stored(weights, key)]
     names = {value: str(value.name) for value in used}
     for value in used:
         del model.graph.initializers[names[value]]
@@ -86,10 +89,10 @@ def _finish(
     for value in used:
         model.graph.inputs.remove(value)
         key = names[value]
-        tensor = weights[key]
+        offset, tensor = place_of(key, weights, offsets)
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
-            offsets[key],
+            offset,
             tensor.nbytes,
             ir.tensor_adapters.from_torch_dtype(tensor.dtype),
             shape=ir.Shape(tensor.shape),
@@ -97,16 +100,6 @@ def _finish(
         )
         model.graph.initializers[key] = value
     return ir.to_proto(model)
-
-
-def _export(graph: NamedGraph) -> torch.export.ExportedProgram:
-    sizes = graph.example_sizes()
-    specs = graph.inputs.values()
-    example = tuple(torch.zeros(spec.sizes(sizes), dtype=spec.dtype) for spec in specs)
-    varying = tuple(
-        {i: Dim.AUTO for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in specs
-    )
-    return torch.export.export(graph.module, example, dynamic_shapes=varying, strict=False)
 
 
 def _translate(program: torch.export.ExportedProgram, graph: NamedGraph) -> ir.Model:

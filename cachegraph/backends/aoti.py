@@ -1,0 +1,187 @@
+"""Compile the graphs ahead of time with AOTInductor: loading needs neither compiler nor tracing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cachegraph.errors import BackendError
+from cachegraph.known import StepFunction
+from cachegraph.named import BATCH, NamedGraph
+from cachegraph.serialise import graph_to_json
+from cachegraph.spec import TensorSpec
+from cachegraph.weights import stored_weight
+
+from . import Progress
+
+_WORKER = "cachegraph.backends.aoti_worker"
+_BUILT_FOR = "built_for.json"
+_TOKENS = 3  # an example for sizes that vary, the same whatever the schedule's numbers are
+
+
+class Aoti:
+    """One library a graph; the weights are the artifact's, shared by all graphs and runners.
+
+    What a graph was compiled to is kept in a cache (``$CACHEGRAPH_CACHE``, else
+    ``~/.cache/cachegraph``) under a digest of all that it depends on: a schedule that differs in
+    numbers only compiles nothing again. The folder may be deleted at any time.
+    """
+
+    name = "aoti"
+    exact = False
+
+    def check(self, graph: fx.Graph) -> list[str]:
+        """Nothing is refused: inductor takes every functional graph of aten operators."""
+        return []
+
+    def emit(
+        self,
+        graphs: Mapping[str, NamedGraph],
+        weights: Mapping[str, Tensor],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        """``NAME.pt2`` for each graph; those that are not in the cache compile side by side."""
+        device = next(iter(weights.values())).device
+        jobs = {name: _job(graph, weights, device) for name, graph in graphs.items()}
+        wanted = {name: _cached(job) for name, job in jobs.items()}
+        # Two graphs may be the same but for their names.
+        todo = {path: name for name, path in wanted.items() if not path.is_file()}
+        progress(f"compiling ahead of time: {', '.join(todo.values()) or 'all is in the cache'}")
+        _compile({path: jobs[name] for path, name in todo.items()}, todo, progress)
+        for name, path in wanted.items():
+            shutil.copyfile(path, folder / f"{name}.pt2")
+        (folder / _BUILT_FOR).write_text(json.dumps(_machine(device)))
+
+    def open(
+        self,
+        graphs: Mapping[str, NamedGraph],
+        weights: Mapping[str, Tensor],
+        folder: Path,
+        device: torch.device,
+    ) -> list[StepFunction]:
+        """The libraries, with the weights handed to them."""
+        built, here = json.loads((folder / _BUILT_FOR).read_text()), _machine(device)
+        if built != here:
+            raise BackendError(
+                "the artifact was compiled for another machine",
+                place=str(folder),
+                expected=_described(built),
+                found=_described(here),
+                remedy="compile it here, or load it with backend='inductor'",
+            )
+        return [_function(folder / f"{name}.pt2", weights) for name in graphs]
+
+
+def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
+    loaded = torch._inductor.aoti_load_package(str(path))
+    names = loaded.get_constant_fqns()
+    used = {name: stored_weight(weights, name).contiguous() for name in names}
+    if used:
+        # Not copied; so they must live as long as the function does.
+        loaded.load_constants(used, check_full_update=True, user_managed=True)
+
+    def call(*tensors: Tensor, _kept: Any = used) -> Sequence[Tensor]:
+        return loaded(*tensors)
+
+    return call
+
+
+def _job(graph: NamedGraph, weights: Mapping[str, Tensor], device: torch.device) -> str:
+    """All that a compiled graph depends on, as text."""
+    nodes = graph_to_json(graph.module.graph)
+    for node in nodes:
+        node.pop("spec", None)
+    used = sorted({str(n.target) for n in graph.module.graph.find_nodes(op="get_attr")})
+    sizes = graph.example_sizes()
+    return json.dumps(
+        {
+            "nodes": nodes,
+            "weights": {name: str(TensorSpec.of(stored_weight(weights, name))) for name in used},
+            "inputs": [str(spec) for spec in graph.inputs.values()],
+            "sizes": {name: sizes[name] if name == BATCH else _TOKENS for name in sizes},
+            "built_for": _machine(device),
+        }
+    )
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """What compiled code runs on."""
+    if device.type == "cuda":
+        kind = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": device.type, "kind": kind, "torch": torch.__version__}
+
+
+def _described(machine: Mapping[str, str]) -> str:
+    return f"{machine['device']} {machine['kind']}, torch {machine['torch']}"
+
+
+def _cached(job: str) -> Path:
+    root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
+    folder = Path(root) / "aoti"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(job.encode()).hexdigest()}.pt2"
+
+
+def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Progress) -> None:
+    """Compile each job to its file, as many at a time as there are cores.
+
+    Raises:
+        BackendError: one of them failed; the others are stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="cachegraph-") as scratch:
+        waiting, running = list(jobs), dict[Path, subprocess.Popen[bytes]]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < (os.cpu_count() or 1):
+                    path = waiting.pop(0)
+                    running[path] = _start(jobs[path], path, Path(scratch))
+                for path in _finished(running):
+                    process = running.pop(path)
+                    if process.returncode:
+                        raise _failure(names[path], Path(scratch) / f"{path.stem}.log")
+                    progress(f"compiled {names[path]}, {len(waiting) + len(running)} to go")
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+
+
+def _start(job: str, path: Path, scratch: Path) -> subprocess.Popen[bytes]:
+    (scratch / f"{path.stem}.json").write_text(job)
+    command = [sys.executable, "-m", _WORKER, str(scratch / f"{path.stem}.json"), str(path)]
+    with (scratch / f"{path.stem}.log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _finished(running: Mapping[Path, subprocess.Popen[bytes]]) -> Iterator[Path]:
+    """Those that have ended, after a moment's wait for the first of them."""
+    with suppress(subprocess.TimeoutExpired):
+        next(iter(running.values())).wait(timeout=0.2)
+    return iter([path for path, process in running.items() if process.poll() is not None])
+
+
+def _failure(name: str, log: Path) -> BackendError:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return BackendError(
+        "a graph could not be compiled ahead of time",
+        place=name,
+        expected="a C++ compiler that torch finds (g++, or $CXX)",
+        found=lines[-1] if lines else "no message",
+        remedy="compile with --backend inductor to see whether torch takes the model",
+    )

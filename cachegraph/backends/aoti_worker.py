@@ -1,0 +1,47 @@
+"""Compiles one graph in a process of its own: ``python -m ... JOB.json OUT.pt2``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from cachegraph.serialise import graph_from_json, weights_module
+from cachegraph.spec import TensorSpec
+
+from .export import export_graph
+
+_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    # The number of threads is that of the machine which runs it.
+    "cpp.dynamic_threads": True,
+}
+
+
+def main() -> None:
+    """Compile; the file appears when it is whole."""
+    source, target = map(Path, sys.argv[1:])
+    job = json.loads(source.read_text())
+    device = torch.device(job["built_for"]["device"])
+    graph = graph_from_json(job["nodes"], device)
+    weights = {}
+    for name, text in job["weights"].items():
+        spec = TensorSpec.parse(text)
+        # Never written to, so on the CPU they take no memory.
+        weights[name] = torch.empty(spec.sizes({}), dtype=spec.dtype, device=device)
+    module = fx.GraphModule(weights_module(weights), graph)
+    inputs = [TensorSpec.parse(text) for text in job["inputs"]]
+    program = export_graph(module, inputs, job["sizes"], device)
+    partial = target.with_name(f"{target.stem}.{os.getpid()}.pt2")
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(partial), inductor_configs=_OPTIONS
+    )
+    partial.rename(target)
+
+
+if __name__ == "__main__":
+    main()
