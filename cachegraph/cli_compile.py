@@ -9,11 +9,13 @@ import typer
 
 from .cli_options import (
     ArchOption,
+    DisableOption,
     InputOption,
     ModelArgument,
     OutOption,
     ScheduleOption,
     SeedOption,
+    VaryingOption,
 )
 from .cli_output import progress, show
 from .errors import ArtifactError, CachegraphError, InputError
@@ -24,18 +26,21 @@ def compile_model(
     schedule: ScheduleOption,
     out: OutOption = None,
     backend: Annotated[
-        str, typer.Option(help="What runs the graphs: eager or inductor.")
+        str, typer.Option(help="What runs the graphs: eager, inductor, aoti or onnx.")
     ] = "inductor",
     arch: ArchOption = None,
     inputs: InputOption = None,
     static_batch: Annotated[
         bool, typer.Option("--static-batch", help="Fix the batch to that of the example inputs.")
     ] = False,
+    varying: VaryingOption = None,
+    disable: DisableOption = None,
 ) -> None:
     """Compile a model's denoising loop under a schedule and write it as an artifact."""
     from .artifact import load_artifact
     from .backends import get_backend
     from .compiler import compile
+    from .passes import passes_without
     from .picture import size, summary
     from .schedule import load_schedule
     from .sources import open_model
@@ -44,6 +49,7 @@ def compile_model(
 
     asked = load_schedule(schedule)
     get_backend(backend)  # a wrong name is told before any work
+    passes_without(disable or ())
     _refuse_overwrite(out)
     with progress() as say:
         say("loading the model")
@@ -59,6 +65,8 @@ def compile_model(
             backend=backend,
             out=target,
             dynamic_batch=not static_batch,
+            varying=varying or (),
+            disable=disable or (),
             progress=say,
         )
         say("reading the artifact")

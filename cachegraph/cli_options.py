@@ -67,6 +67,22 @@ OutOption = Annotated[
         help="Where the artifact goes; default MODEL-SCHEDULE.cgraph in this folder.",
     ),
 ]
+DisableOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--disable-pass",
+        metavar="PASS",
+        help="Leave out an exact optimisation, slice-columns or hoist-known; once for each.",
+    ),
+]
+VaryingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--varying",
+        metavar="NAME",
+        help="An input that differs from step to step, beside the first one and the timestep.",
+    ),
+]
 SizeOption = Annotated[
     int | None,
     typer.Option(

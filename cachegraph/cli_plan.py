@@ -11,6 +11,7 @@ import typer
 from .cli_options import (
     ArchOption,
     DiffOption,
+    DisableOption,
     DotOption,
     InputOption,
     MaybeSchedule,
@@ -41,12 +42,13 @@ def show_plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="Write all numbers as JSON instead.")
     ] = False,
+    disable: DisableOption = None,
 ) -> None:
     """Show what would be computed at every step, and what that costs."""
     from .picture import overview
     from .view import plan_data
 
-    view, name = _build(model, schedule, arch, inputs, input_size, batch)
+    view, name = _build(model, schedule, arch, inputs, input_size, batch, disable)
     if as_json:
         typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
         return
@@ -64,6 +66,7 @@ def inspect(
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
+    disable: DisableOption = None,
 ) -> None:
     """Look at an artifact, or at what a model would become: plan, graphs, differences, sites."""
     from .text import difference
@@ -73,13 +76,13 @@ def inspect(
     if sum((bool(diff), sites, bool(variant or dot))) > 1:
         raise InputError("--variant with --dot, --diff and --sites exclude each other")
     if is_artifact(what):
-        if schedule or arch or inputs or input_size:
+        if schedule or arch or inputs or input_size or disable:
             raise InputError("an artifact takes no option for models", place=what)
         view, heading = _read(what)
     elif schedule is None:
         raise InputError("a model needs --schedule, or give an artifact", place=what)
     else:
-        view, name = _build(what, schedule, arch, inputs, input_size)
+        view, name = _build(what, schedule, arch, inputs, input_size, None, disable)
         heading = f"{name}, {Path(schedule).stem}"
     if sites:
         show(sites_table(view.plan.sites))
@@ -123,7 +126,8 @@ def _build(
     arch: str | None,
     inputs: list[str] | None,
     input_size: int | None,
-    batch: int | None = None,
+    batch: int | None,
+    disable: list[str] | None,
 ) -> tuple[View, str]:
     """Plan and graphs from shapes alone, and the model's name."""
     from .compiler import build
@@ -137,6 +141,7 @@ def _build(
         source = open_model(
             model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
         )
-        built = build(source.model, asked, source.args, source.kwargs, progress=say)
+        args, kwargs = source.args, source.kwargs
+        built = build(source.model, asked, args, kwargs, disable=disable or (), progress=say)
         say("counting")
         return view_build(built, batch), source.name

@@ -144,6 +144,8 @@ def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableT
     table.add_row("FLOPs", f"{amount(cost.total_flops)} of {amount(full)} uncached, {batch}")
     table.add_row("speed-up", f"at most {cost.limit:.2f}x, going by FLOPs")
     table.add_row("cache", f"at most {size(peak)}{when}")
+    if any(cost.known_bytes):
+        table.add_row("prologue", f"at most {size(max(cost.known_bytes))} known before a step runs")
     table.add_row("weights", f"{size(cost.weight_bytes)}{shared}")
     return Group(Text(heading, "bold"), "", table)
 

@@ -151,6 +151,7 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
         "speed_up_limit": cost.limit,
         "cache_bytes": list(cost.cache_bytes),
         "peak_cache_bytes": max(cost.cache_bytes),
+        "known_bytes": list(cost.known_bytes),
         "weight_bytes": cost.weight_bytes,
     }
 
