@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
 from .selection import Selection
+from .shapes import Shapes
 from .site import Site
 from .slot import Slot
 from .variant import Variant
@@ -54,6 +55,7 @@ class StepGraph:
         order_depth: J of an order of tokens.
         model_inputs: how many inputs are the model's; slots and step constants follow.
         model_outputs: how many outputs are the model's; writes follow.
+        shapes: what is known of shapes, shared by all variants.
     """
 
     module: fx.GraphModule
@@ -64,6 +66,7 @@ class StepGraph:
     model_outputs: int
     selection: Selection | None = None
     order_depth: int = 0
+    shapes: Shapes = field(default_factory=Shapes)
 
     @property
     def graph(self) -> fx.Graph:

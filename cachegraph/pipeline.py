@@ -13,10 +13,11 @@ from .errors import VerifyError
 from .graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
 from .passes import PIPELINE
 from .plan import Plan
+from .shapes import Shapes
 from .text import digest, graph_text
 from .trace import TracedModel
 from .variant import Variant
-from .verify import Given, evaluate, verify
+from .verify import Given, verify
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def rewrite(
         VerifyError: a pass broke a rule.
     """
     stored = weights if weights is not None else module_weights(traced)
-    given = Given(traced.module.graph, stored)
-    return tuple(_rewrite_one(traced, plan, v, passes, given, on_pass) for v in plan.variants)
+    given, shapes = Given(traced.module.graph, stored), Shapes()
+    return tuple(
+        _rewrite_one(traced, plan, variant, passes, given, shapes, on_pass)
+        for variant in plan.variants
+    )
 
 
 def module_weights(traced: TracedModel) -> dict[str, Tensor]:
@@ -81,6 +85,7 @@ def _rewrite_one(
     variant: Variant,
     passes: Sequence[Pass],
     given: Given,
+    shapes: Shapes,
     on_pass: Callable[[StepGraph, PassReport], None] | None,
 ) -> StepGraph:
     step = StepGraph(
@@ -92,6 +97,7 @@ def _rewrite_one(
         model_outputs=len(traced.signature.outputs),
         selection=plan.selection,
         order_depth=plan.order_depth,
+        shapes=shapes,
     )
     verify(step, given, "trace")
     for one in passes:
@@ -126,4 +132,4 @@ def _finish(step: StepGraph, pass_name: str) -> None:
         if node.op == "call_function" and "val" not in node.meta:
             node.meta.setdefault(ORIGIN, Origin(pass_name))
             with suppress(Exception):
-                node.meta["val"] = evaluate(node)
+                node.meta["val"] = step.shapes.evaluate(node)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from . import ops
 from .action import Compute, Forecast, Refresh, Reuse, sources
 from .errors import VerifyError
 from .graph import CONSTANT, SLOT, VALUE, Stage, StepGraph, copy_module
+from .shapes import Shapes
 from .slot import EXTRAS, Slot
 from .spec import spec_text
 from .text import graph_text
@@ -41,13 +41,12 @@ class Given:
     Attributes:
         traced: the model's graph, before any pass.
         weights: name -> tensor of everything that a graph may use by name.
-        checked: calls whose recorded value was recomputed already, with the values that they are
-            told apart by; passes and variants share most of their nodes.
+        agreed: pairs of specs, recorded and recomputed, that were found to agree.
     """
 
     traced: fx.Graph
     weights: Mapping[str, Tensor]
-    checked: dict[tuple[object, ...], tuple[object, ...]] = field(default_factory=dict)
+    agreed: set[tuple[int, int]] = field(default_factory=set)
 
 
 def verify(step: StepGraph, given: Given, pass_name: str) -> None:
@@ -180,43 +179,30 @@ def _shapes_recompute(step: StepGraph, given: Given) -> Iterator[Broken]:
     for node in step.graph.nodes:
         if node.op == "output":
             continue
-        values = tuple(n.meta.get("val") for n in (node, *node.all_input_nodes))
-        call = fx.node.map_arg((node.args, node.kwargs), lambda n: (id(n.meta.get("val")),))
-        key = (node.op, node.target, id(values[0]), repr(call))
-        if key in given.checked:
-            continue
-        if problem := _recompute(node):
+        if problem := _recompute(node, step.shapes, given.agreed):
             yield problem, "", node.name
-        given.checked[key] = values  # kept alive, so that no other value gets its id
 
 
-def _recompute(node: fx.Node) -> str:
+def _recompute(node: fx.Node, shapes: Shapes, agreed: set[tuple[int, int]]) -> str:
     if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
         # The body of a higher-order operator was checked where it was traced.
         return "" if "val" in node.meta else "no recorded shape"
     try:
-        again = evaluate(node)
+        again = shapes.evaluate(node)
     except Exception as error:  # noqa: BLE001 - an operator may refuse its arguments in any way
         return f"it cannot be computed: {type(error).__name__}: {str(error).splitlines()[:1]}"
     if "val" not in node.meta:
         return "no recorded shape"
     recorded = node.meta["val"]
+    pair = shapes.spec(recorded), shapes.spec(again)
+    if pair in agreed:
+        return ""
     if spec_text(again) != spec_text(recorded):
         return f"{spec_text(recorded)} recomputes to {spec_text(again)}"
     if _device(again) != _device(recorded):
         return f"{_device(recorded)} recomputes to {_device(again)}"
+    agreed.add(pair)
     return ""
-
-
-def evaluate(node: fx.Node) -> Any:
-    """Run a node's operation on the recorded values of its inputs: shapes only, no data."""
-    values: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    args, kwargs = values
-    target: Any = node.target
-    inputs = node.graph.find_nodes(op="placeholder")
-    mode = torch._guards.detect_fake_mode([n.meta["val"] for n in inputs if "val" in n.meta])
-    with mode or nullcontext(), torch.no_grad():
-        return target(*args, **kwargs)
 
 
 def _device(value: Any) -> Any:
@@ -353,16 +339,7 @@ def _text_is_reproducible(step: StepGraph, given: Given) -> Iterator[Broken]:
     if named := re.search(r"%(\w+) = .* at 0x[0-9a-f]", text):
         yield "the text holds the address of an object", "", named[1]
         return
-    copy = StepGraph(
-        copy_module(step.module),
-        step.variant,
-        step.sites,
-        step.stage,
-        step.model_inputs,
-        step.model_outputs,
-        step.selection,
-        step.order_depth,
-    )
+    copy = replace(step, module=copy_module(step.module))
     if text != graph_text(copy):
         yield "the text of a copy differs", "", "-"
 
