@@ -27,7 +27,7 @@ def check_plot_path(path: Path) -> None:
         raise InputError("plots are written as PNG", place=str(path), expected="a .png file")
     if not path.parent.is_dir():
         raise InputError("there is no such folder", place=str(path.parent))
-    _figure_class()
+    figure_class()
 
 
 def plot_calibration(
@@ -46,7 +46,7 @@ def plot_calibration(
     """
     check_plot_path(path)
     kinds = calibration.kinds
-    figure = _figure_class()(figsize=(_WIDTH, 0.6 + _HEIGHT * len(kinds)), layout="constrained")
+    figure = figure_class()(figsize=(_WIDTH, 0.6 + _HEIGHT * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for panel, kind in zip(panels, kinds, strict=True):
         _draw(panel, calibration, kind, bound)
@@ -89,7 +89,12 @@ def _draw(panel: Axes, calibration: Calibration, kind: str, bound: float | None)
     panel.legend(fontsize=8, ncols=3, loc="upper left")
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
+    """Matplotlib's Figure.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

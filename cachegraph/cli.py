@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .cli_bench import bench
 from .cli_calibrate import calibrate, import_router_file
 from .cli_compile import compile_model, verify
 from .cli_options import examples
@@ -143,6 +144,14 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         (
             "cachegraph sample digits --schedule fora-n3 -o digits.png",
             "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
+        ),
+    ),
+    (
+        "bench",
+        bench,
+        (
+            "cachegraph bench DiT-XL/2 -s toca-n3 -s fora-n3 --threads 2 --choice",
+            "cachegraph bench digits -s fora-n3 --backend eager --backend inductor --hooks",
         ),
     ),
     (

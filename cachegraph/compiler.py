@@ -135,7 +135,7 @@ def compile(
     Raises:
         InputError: the schedule, the model or the backend cannot be used.
     """
-    chosen = get_backend(backend)
+    get_backend(backend)  # a wrong name is told before any work
     built = build(
         model,
         schedule,
@@ -146,8 +146,24 @@ def compile(
         disable=disable,
         progress=progress,
     )
-    check_all(chosen, [(step.variant.name, step.graph) for step in built.graphs])
-    artifact = Artifact(
+    artifact = assemble(built, backend)
+    say = progress or (lambda _: None)
+    if out is None:
+        artifact.compile_ahead(progress=say)
+    else:
+        say("writing the artifact")
+        artifact.save(out, say)
+    return artifact
+
+
+def assemble(built: Build, backend: str) -> Artifact:
+    """The artifact of what was built, in memory.
+
+    Raises:
+        BackendError: the backend is unknown or cannot take the graphs.
+    """
+    check_all(get_backend(backend), [(step.variant.name, step.graph) for step in built.graphs])
+    return Artifact(
         program=make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost),
         schedule=built.schedule,
         graphs=tuple(step.module for step in built.graphs),
@@ -157,13 +173,6 @@ def compile(
         backend=backend,
         device=next(iter(built.weights.values())).device,
     )
-    say = progress or (lambda _: None)
-    if out is None:
-        artifact.compile_ahead(progress=say)
-    else:
-        say("writing the artifact")
-        artifact.save(out, say)
-    return artifact
 
 
 def load(

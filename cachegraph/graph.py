@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
@@ -11,6 +11,7 @@ from torch import fx
 
 from .binding import Binding, Known
 from .selection import Selection
+from .shapes import Shapes
 from .site import Site
 from .slot import Slot
 from .variant import Variant
@@ -59,6 +60,7 @@ class StepGraph:
         model_outputs: how many outputs are the model's; writes follow.
         request: computes the known values that are the same at every step, from the model's inputs.
         prologue: computes those of one step.
+        shapes: what is known of shapes, shared by all variants.
     """
 
     module: fx.GraphModule
@@ -71,6 +73,7 @@ class StepGraph:
     order_depth: int = 0
     request: fx.GraphModule | None = None
     prologue: fx.GraphModule | None = None
+    shapes: Shapes = field(default_factory=Shapes)
 
     @property
     def graph(self) -> fx.Graph:

@@ -111,8 +111,16 @@ class KnownValues:
         self._request = tuple(request(*inputs)) if request is not None else ()
         clock = self._tracking.input
         if clock is not None and self._program.timesteps is not None:
-            times = self._program.timesteps
-            self._times = {s: torch.full_like(inputs[clock], t) for s, t in enumerate(times)}
+            self.expect(self._program.timesteps, inputs[clock])
+
+    def expect(self, times: Sequence[float], like: Tensor) -> None:
+        """Take these for the timesteps of the trajectories to come, until calls differ.
+
+        Args:
+            times: one a step.
+            like: a timestep as the model takes it.
+        """
+        self._times = {step: torch.full_like(like, time) for step, time in enumerate(times)}
 
     def at(self, step: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The known values that a step's graph takes, in its order.

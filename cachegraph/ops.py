@@ -204,10 +204,13 @@ def row_entropy(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | 
 
 
 def entropy_score(entropy: Tensor) -> Tensor:
-    """Scores ``(B, N)`` from both halves' entropies: the same for both, high where they are."""
-    tokens = entropy.shape[-1]
-    total = 1 + entropy.reshape(2, -1, tokens).sum(dim=0)
-    return torch.nn.functional.normalize(total, dim=-1).repeat(2, 1)
+    """Scores ``(B, N)`` from both halves' entropies: the same for both, high where they are.
+
+    B is even. Each sample meets its partner by rolling, not by cutting the batch in two: half a
+    batch of 2 has the size 1, which torch would make a constant of.
+    """
+    total = 1 + (entropy + torch.roll(entropy, entropy.shape[0] // 2, 0))
+    return torch.nn.functional.normalize(total, dim=-1)
 
 
 def similarity_score(stream: Tensor, kept: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from .errors import VerifyError
 from .graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
 from .passes import PIPELINE
 from .plan import Plan
+from .shapes import Shapes
 from .text import digest, graph_text
 from .trace import TracedModel
 from .tracking import timestep_input
 from .variant import Variant
 from .verify import Given, verify
-from .verify_nodes import evaluate
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ def rewrite(
         VerifyError: a pass broke a rule.
     """
     stored = weights if weights is not None else module_weights(traced)
-    given = Given(traced.module.graph, stored)
+    given, shapes = Given(traced.module.graph, stored), Shapes()
     names = [name for name, _ in traced.signature.inputs]
     clock = timestep_input(traced.signature)
     bindings = model_bindings(names, None if clock is None else names[clock], varying)
     return tuple(
-        _rewrite_one(traced, plan, v, passes, bindings, given, on_pass) for v in plan.variants
+        _rewrite_one(traced, plan, variant, passes, bindings, given, shapes, on_pass)
+        for variant in plan.variants
     )
 
 
@@ -92,6 +93,7 @@ def _rewrite_one(
     passes: Sequence[Pass],
     bindings: tuple[Binding, ...],
     given: Given,
+    shapes: Shapes,
     on_pass: Callable[[StepGraph, PassReport], None] | None,
 ) -> StepGraph:
     step = StepGraph(
@@ -103,6 +105,7 @@ def _rewrite_one(
         model_outputs=len(traced.signature.outputs),
         selection=plan.selection,
         order_depth=plan.order_depth,
+        shapes=shapes,
     )
     verify(step, given, "trace")
     for one in passes:
@@ -137,4 +140,4 @@ def _finish(step: StepGraph, pass_name: str) -> None:
         if node.op == "call_function" and "val" not in node.meta:
             node.meta.setdefault(ORIGIN, Origin(pass_name))
             with suppress(Exception):
-                node.meta["val"] = evaluate(node)
+                node.meta["val"] = step.shapes.evaluate(node)

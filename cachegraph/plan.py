@@ -65,7 +65,7 @@ class Plan:
             freed[step].append(kept)
         return tuple(tuple(sorted(kept)) for kept in freed)
 
-    @property
+    @cached_property
     def order_depth(self) -> int:
         """J: the most partial steps that follow one computed step."""
         return order_depth(self.rows)

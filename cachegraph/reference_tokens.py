@@ -115,7 +115,7 @@ class TokenChoice:
         score = self.scores[self.plan.sites[owner].name]
         if self.selection.score is Score.CROSS_ATTENTION:
             half = score.shape[0] // 2
-            both = 1 + score[:half] + score[half:]
+            both = 1 + (score[:half] + score[half:])
             return F.normalize(both, dim=-1).repeat(2, 1)
         return F.normalize(score, dim=-1)
 

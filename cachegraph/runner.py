@@ -136,6 +136,7 @@ class Runner(nn.Module):
 
     Attributes:
         config: the traced model's configuration (diffusers).
+        functions: one compiled graph a variant.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Runner(nn.Module):
             ascending=program.ascending,
         )
         self.config = ModelConfig(program.config)
-        self._functions = tuple(functions)
+        self.functions = tuple(functions)
         self._prologues = prologues or Prologues(None, (None,) * len(functions), batched=False)
         self._weights = dict(weights)
         first = next(iter(weights.values()))
@@ -227,7 +228,7 @@ class Runner(nn.Module):
         layout = self.program.variants[entry.variant]
         slots = [values[key] for key in entry.slots]
         constants = [self._constants[step, i] for i in range(len(entry.constants))]
-        outputs = self._functions[entry.variant](*inputs, *slots, *constants, *known)
+        outputs = self.functions[entry.variant](*inputs, *slots, *constants, *known)
         count = len(self.program.signature.outputs)
         for (site, value), keep, tensor in zip(
             layout.writes, entry.keeps, outputs[count:], strict=True

@@ -55,6 +55,7 @@ def open_model(
     arch: str | None = None,
     inputs: Sequence[str] = (),
     shapes_only: bool = False,
+    random_weights: bool = False,
     input_size: int | None = None,
     need_inputs: bool = True,
 ) -> Source:
@@ -62,10 +63,12 @@ def open_model(
 
     Args:
         text: a weights file, ``.pt2`` program, diffusers folder, ``module:factory`` or shipped
-            model; with ``shapes_only`` also an architecture such as ``DiT-XL/2``.
+            model; with ``shapes_only`` or ``random_weights`` also an architecture such as
+            ``DiT-XL/2``.
         arch: architecture of a weights file.
         inputs: example inputs, each ``NAME=SHAPE:DTYPE``.
         shapes_only: no weights are needed: the model may be on the meta device.
+        random_weights: an architecture gets random weights.
         input_size: height and width of the (latent) image of an architecture.
         need_inputs: refuse a model without example inputs.
 
@@ -73,7 +76,7 @@ def open_model(
         InputError: it is none of these, cannot be read, or an option does not go with it.
     """
     asked = parse_inputs(inputs)
-    source = _open(text, arch, shapes_only, input_size)
+    source = _open(text, arch, shapes_only, random_weights, input_size)
     has_own = source.args is None and source.kwargs is None
     own = getattr(source.model, "example_inputs", None) if has_own else None
     if not asked and (own is not None or not has_own or not need_inputs):
@@ -88,7 +91,9 @@ def is_architecture(text: str) -> bool:
     return text in _SIZES or re.fullmatch(rf"\s*({families})\s*\(.*\)\s*", text) is not None
 
 
-def _open(text: str, arch: str | None, shapes_only: bool, input_size: int | None) -> Source:
+def _open(
+    text: str, arch: str | None, shapes_only: bool, random_weights: bool, input_size: int | None
+) -> Source:
     path = Path(text)
     stored = text in PRESETS or (path.suffix in SUFFIXES and not path.is_dir())
     if arch is not None and not stored:
@@ -102,19 +107,19 @@ def _open(text: str, arch: str | None, shapes_only: bool, input_size: int | None
     if path.suffix == ".pt2":
         return _from_program(path)
     if is_architecture(text):
-        if shapes_only:
-            model = build_model(text, input_size or 32, device="meta")
-            return Source(model, None, None, text)
+        if shapes_only or random_weights:
+            device = "meta" if shapes_only else "cpu"
+            return Source(build_model(text, input_size or 32, device=device), None, None, text)
         raise ModelError(
             f"{text!r} is an architecture, without weights",
             expected=FORMS,
-            remedy="only plan and inspect do without",
+            remedy="only plan, inspect and bench do without",
         )
     if ":" in text:
         return _from_factory(text)
     raise ModelError(
         f"there is no model {text!r}",
-        expected=f"{FORMS}; for plan and inspect also an architecture, such as {_SIZES[0]}",
+        expected=f"{FORMS}; for plan, inspect and bench also an architecture, such as {_SIZES[0]}",
         remedy=nearest(text, [*PRESETS, *_SIZES]),
     )
 

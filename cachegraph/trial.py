@@ -64,7 +64,7 @@ def calls(program: Program, seed: int) -> Iterator[dict[str, Any]]:
     tensors = [random_tensor(*spec, generator) for spec in specs]
     names = [name for name, _, _ in specs]
     clock = next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)
-    for time in _times(program):
+    for time in times(program):
         tensors[0] = random_tensor(*specs[0], generator)
         if clock is not None:
             tensors[clock] = torch.full_like(tensors[clock], time)
@@ -138,7 +138,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [t for one in value for t in tensors_in(one)] if isinstance(value, list | tuple) else []
 
 
-def _times(program: Program) -> list[float]:
+def times(program: Program) -> list[float]:
     """One timestep a call: the sampler's, else evenly spaced over the usual 1000."""
     steps = len(program.steps)
     falling = [float((steps - step) * 999 // steps) for step in range(steps)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from . import ops
+from .shapes import Shapes
 from .spec import spec_text
 
 _IN_PLACE = {
@@ -19,34 +19,33 @@ _IN_PLACE = {
 }
 
 
-def recompute(node: fx.Node) -> str:
-    """What is wrong with the recorded value of a node; nothing where it computes again."""
+def recompute(node: fx.Node, shapes: Shapes, agreed: set[tuple[int, int]]) -> str:
+    """What is wrong with the recorded value of a node; nothing where it computes again.
+
+    Args:
+        node: of a graph.
+        shapes: what is known of shapes.
+        agreed: pairs of specs, recorded and recomputed, that were found to agree; grows.
+    """
     if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
         # The body of a higher-order operator was checked where it was traced.
         return "" if "val" in node.meta else "no recorded shape"
     try:
-        again = evaluate(node)
+        again = shapes.evaluate(node)
     except Exception as error:  # noqa: BLE001 - an operator may refuse its arguments in any way
         return f"it cannot be computed: {type(error).__name__}: {str(error).splitlines()[:1]}"
     if "val" not in node.meta:
         return "no recorded shape"
     recorded = node.meta["val"]
+    pair = shapes.spec(recorded), shapes.spec(again)
+    if pair in agreed:
+        return ""
     if spec_text(again) != spec_text(recorded):
         return f"{spec_text(recorded)} recomputes to {spec_text(again)}"
     if _device(again) != _device(recorded):
         return f"{_device(recorded)} recomputes to {_device(again)}"
+    agreed.add(pair)
     return ""
-
-
-def evaluate(node: fx.Node) -> Any:
-    """Run a node's operation on the recorded values of its inputs: shapes only, no data."""
-    values: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    args, kwargs = values
-    target: Any = node.target
-    inputs = node.graph.find_nodes(op="placeholder")
-    mode = torch._guards.detect_fake_mode([n.meta["val"] for n in inputs if "val" in n.meta])
-    with mode or nullcontext(), torch.no_grad():
-        return target(*args, **kwargs)
 
 
 def _device(value: Any) -> Any:

@@ -25,7 +25,7 @@ def prologues_agree(step: StepGraph, given: Given) -> Iterator[Broken]:
                 yield f"no prologue computes {wanted[0].name}", "", f"known_{wanted[0].name}"
             continue
         yield from _values(module.graph, wanted)
-        yield from _nodes(module.graph)
+        yield from _nodes(module.graph, step, given)
         yield from _known_in_time(step, module.graph, binding)
 
 
@@ -41,7 +41,7 @@ def _values(graph: fx.Graph, wanted: list[Known]) -> Iterator[Broken]:
             yield f"a prologue returns {found}, the step takes {known.spec}", "", node.name
 
 
-def _nodes(graph: fx.Graph) -> Iterator[Broken]:
+def _nodes(graph: fx.Graph, step: StepGraph, given: Given) -> Iterator[Broken]:
     try:
         graph.lint()
     except (RuntimeError, AssertionError) as error:
@@ -49,7 +49,7 @@ def _nodes(graph: fx.Graph) -> Iterator[Broken]:
         return
     for node in graph.nodes:
         if node.op == "call_function":
-            problem = not_functional(node.target) or recompute(node)
+            problem = not_functional(node.target) or recompute(node, step.shapes, given.agreed)
             if problem:
                 yield problem, "", node.name
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from cachegraph.binding import Binding, Known, Roofline, binding_times, is_size, worth_hoisting
 from cachegraph.graph import KNOWN, ORIGIN, Origin, StepGraph
@@ -54,10 +54,11 @@ class HoistKnown:
         kept = [n for n in step.graph.nodes if n in hoisted and set(n.users) - hoisted]
         by_step = [n for n in kept if times[n] is Binding.STEP]
         by_request = [n for n in kept if times[n] is not Binding.STEP]
-        step.request = _prologue(step, by_request)
-        step.prologue = _prologue(step, by_step)
+        step.request, by_request_dense = _prologue(step, by_request)
+        step.prologue, by_step_dense = _prologue(step, by_step)
+        dense = by_request_dense | by_step_dense
         for node in kept:
-            value = _input(step, node, max(times[node], Binding.REQUEST))
+            value = _input(step, node, dense[node], max(times[node], Binding.REQUEST))
             node.replace_all_uses_with(value, lambda u: u not in hoisted, propagate_meta=False)
         for node in reversed(list(step.graph.nodes)):
             if not node.users and (node in hoisted or node.op == "get_attr" or is_size(node)):
@@ -65,23 +66,22 @@ class HoistKnown:
         return len(kept)
 
 
-def _input(step: StepGraph, node: fx.Node, binding: Binding) -> fx.Node:
+def _input(step: StepGraph, node: fx.Node, dense: Tensor, binding: Binding) -> fx.Node:
     """An input behind all others that takes a hoisted value, laid out densely."""
-    value = node.meta["val"]
     with step.graph.inserting_after(step.inputs[-1]):
         made = step.graph.create_node("placeholder", node.name, name=f"known_{node.name}")
     made.target = made.name
-    with value.fake_mode:
-        dense = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    known = Known(node.name, binding, TensorSpec.of(value))
+    known = Known(node.name, binding, TensorSpec.of(dense))
     made.meta = {KNOWN: known, "val": dense, ORIGIN: Origin(HoistKnown.name)}
     return made
 
 
-def _prologue(step: StepGraph, values: Sequence[fx.Node]) -> fx.GraphModule | None:
-    """A graph from the model's inputs to the values; None where there are none."""
+def _prologue(
+    step: StepGraph, values: Sequence[fx.Node]
+) -> tuple[fx.GraphModule | None, dict[fx.Node, Tensor]]:
+    """A graph from the model's inputs to the values, laid out densely, and what they look like."""
     if not values:
-        return None
+        return None, {}
     needed, queue = set(values), list(values)
     while queue:
         new = [n for n in queue.pop().all_input_nodes if n not in needed]
@@ -102,9 +102,8 @@ def _prologue(step: StepGraph, values: Sequence[fx.Node]) -> fx.GraphModule | No
             {"memory_format": torch.contiguous_format},
             name=f"{node.name}_dense",
         )
-        value = node.meta["val"]
-        with value.fake_mode:
-            dense.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        dense.meta["val"] = step.shapes.evaluate(dense)
         outputs.append(dense)
     graph.output(tuple(outputs))
-    return fx.GraphModule(step.module, graph)
+    found = dict(zip(values, (dense.meta["val"] for dense in outputs), strict=True))
+    return fx.GraphModule(step.module, graph), found

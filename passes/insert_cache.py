@@ -18,6 +18,8 @@ from cachegraph.site import Site
 from cachegraph.slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Slot, StepConstant
 from cachegraph.variant import extra_spec, scorer
 
+_ANY_COUNT = 3  # of tokens, while shapes are looked at
+
 
 @dataclass(frozen=True)
 class InsertCache:
@@ -256,10 +258,19 @@ class _Insertion:
         example = self.step.inputs[0].meta["val"]
         for constant in self.step.variant.constants:
             node = self._input(constant.name, self.step.inputs[-1])
-            value = _constant_example(constant, example)
+            value = self._constant_example(constant, example)
             node.meta = {CONSTANT: constant, "val": value, ORIGIN: Origin(self.maker)}
             found.update({(constant.kind, site): node for site in constant.sites})
         return found
+
+    def _constant_example(self, constant: StepConstant, like: Any) -> torch.Tensor:
+        """A value of the constant's shape; symbols of token counts are shared by all variants."""
+        if constant.kind is not ConstantKind.TOKENS:
+            return _step_constant_like(constant, like)
+        inputs = self.step.shapes.inputs
+        if constant.name not in inputs:
+            inputs[constant.name] = _step_constant_like(constant, like)
+        return inputs[constant.name]
 
     def _input(self, name: str, behind: fx.Node) -> fx.Node:
         with self.step.graph.inserting_after(behind):
@@ -268,11 +279,15 @@ class _Insertion:
         return node
 
 
-def _constant_example(constant: StepConstant, like: Any) -> torch.Tensor:
+def _step_constant_like(constant: StepConstant, like: Any) -> torch.Tensor:
     floating = constant.kind is ConstantKind.COEFFICIENTS
     dtype = torch.float32 if floating else torch.int64
-    example = torch.tensor(next(iter(constant.values.values())), dtype=dtype)
-    varies = DimDynamic.DYNAMIC if constant.kind is ConstantKind.TOKENS else DimDynamic.STATIC
+    if constant.kind is ConstantKind.TOKENS:
+        # Whatever the first step's count is: torch would make a constant of 1.
+        example, varies = torch.arange(_ANY_COUNT), DimDynamic.DYNAMIC
+    else:
+        example = torch.tensor(next(iter(constant.values.values())), dtype=dtype)
+        varies = DimDynamic.STATIC
     context: Any = StatelessSymbolicContext(dynamic_sizes=[varies] * example.ndim)
     fake = like.fake_mode.from_tensor(example, symbolic_context=context)
     with like.fake_mode:

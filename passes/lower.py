@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachegraph import ops
 from cachegraph.graph import ORIGIN, Origin, Stage, StepGraph
+from cachegraph.shapes import Body, without_data
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Lower:
                 result = node.args[0]
             else:
                 with step.graph.inserting_before(node):
-                    result = _traced(step.graph, node)
+                    result = _pasted(step.graph, node, *step.shapes.body(node, _traced))
             node.replace_all_uses_with(result, propagate_meta=False)
             step.graph.erase_node(node)
             lowered += 1
@@ -55,8 +56,8 @@ class Lower:
         return lowered
 
 
-def _traced(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Trace the operation's own definition and put what it does into the graph."""
+def _traced(node: fx.Node) -> Body:
+    """What the operation's own definition does with inputs of these shapes."""
     tensors = node.all_input_nodes
     # Tracing tells values apart by identity, and two inputs may share one recorded value.
     values = [t.meta["val"].detach() for t in tensors]
@@ -67,13 +68,17 @@ def _traced(graph: fx.Graph, node: fx.Node) -> fx.Node:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), by_node.__getitem__)
         return function(*args, **kwargs)
 
-    with values[0].fake_mode, torch.no_grad():
+    with without_data(values[0].fake_mode), torch.no_grad():
         body = make_fx(call, tracing_mode="real")(*values)
     body.graph.eliminate_dead_code()
-    holders = body.graph.find_nodes(op="placeholder")
-    copied: dict[fx.Node, fx.Node] = dict(zip(holders, tensors, strict=True))
+    return body.graph, body.graph.find_nodes(op="placeholder")
+
+
+def _pasted(graph: fx.Graph, node: fx.Node, body: fx.Graph, holders: list[fx.Node]) -> fx.Node:
+    """The operation's result, of a copy of its body in front of it."""
+    copied: dict[fx.Node, fx.Node] = dict(zip(holders, node.all_input_nodes, strict=True))
     result = node
-    for inner in body.graph.nodes:
+    for inner in body.nodes:
         if inner.op == "output":
             result = copied[inner.args[0]]
         elif inner.op == "call_function":
@@ -87,5 +92,5 @@ def _traced(graph: fx.Graph, node: fx.Node) -> fx.Node:
             copied[inner].meta = {"val": inner.meta["val"]} if "val" in inner.meta else {}
             copied[inner].meta[ORIGIN] = Origin(Lower.name, node.meta[ORIGIN].site)
         elif inner.op != "placeholder":
-            raise NotImplementedError(f"{inner.op} in the definition of {function.__name__}")
+            raise NotImplementedError(f"{inner.op} in the definition of {node.target}")
     return result

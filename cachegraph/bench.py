@@ -1,0 +1,224 @@
+"""Time schedules and backends against the uncached model: one process, all in turn.
+
+A trajectory has few kinds of steps, so each kind is timed a few times and the trajectory's time is
+the sum over its steps and of what is computed once. Steps of one variant that recompute different
+numbers of tokens are timed where they have the least, a middling and the most work; the time of the
+others lies in between in proportion to their predicted FLOPs. The values that a step takes from
+earlier ones are random.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .bench_contestants import Contestant, Entry, Progress, make_contestants
+from .trace import trace
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles, in seconds."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Of at least one sample."""
+        low, median, high = np.quantile(np.asarray(samples), [0.25, 0.5, 0.75])
+        return cls(float(low), float(median), float(high))
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What was measured of the steps of one variant.
+
+    Attributes:
+        variant: its name.
+        calls: how many steps run it.
+        flops: predicted, mean of its steps.
+        seconds: of a call, mean of its steps.
+        choice: share of that which is spent on choosing tokens, gathering and scattering them; None
+            where no tokens are chosen or it was not asked for.
+    """
+
+    variant: str
+    calls: int
+    flops: float
+    seconds: Spread
+    choice: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one entry.
+
+    Attributes:
+        name: of the schedule.
+        backend: or ``model`` (the eager model itself), ``hooks`` (published style).
+        trajectory: seconds of all steps, composed of the kinds of steps, and of the prologue.
+        prologue: seconds of what is computed once a trajectory, for all steps.
+        whole: seconds of whole trajectories, where these were run.
+        steps: median seconds of each step.
+        kinds: by variant.
+        limit: speed-up over uncached if time were FLOPs.
+        first_calls: seconds of the first, untimed round, compiling included.
+    """
+
+    name: str
+    backend: str
+    trajectory: Spread
+    prologue: Spread
+    whole: Spread | None
+    steps: tuple[float, ...]
+    kinds: tuple[StepKind, ...]
+    limit: float
+    first_calls: float
+
+
+def run_bench(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    entries: Sequence[Entry],
+    *,
+    rounds: int = 5,
+    whole: bool = False,
+    choice: bool = False,
+    progress: Progress,
+) -> list[Measured]:
+    """Time every entry.
+
+    Args:
+        model: in eval mode.
+        args: inputs, the batch as it is to be timed.
+        kwargs: inputs by name.
+        entries: what to compare, in the order of the result.
+        rounds: how often each kind of step is timed; everybody takes a turn in each.
+        whole: run whole trajectories too, as many.
+        choice: also time graphs that take the first tokens instead of choosing some.
+        progress: is told what is being done.
+
+    Raises:
+        InputError: a schedule or backend does not fit the model.
+    """
+    progress("tracing the model", 0, 1)
+    traced = trace(model, args, kwargs)
+    contestants = make_contestants(model, traced, args, kwargs, entries, choice, progress)
+    first, samples, bare = [], [], []
+    before: list[list[float]] = [[] for _ in contestants]
+    for index, contestant in enumerate(contestants):
+        progress(f"first calls: {_label(contestant.entry)}", index, len(contestants))
+        began = time.perf_counter()
+        contestant.before()
+        for step in contestant.points:
+            contestant.call(step)
+            contestant.bare(step)
+        first.append(time.perf_counter() - began)
+        samples.append({step: list[float]() for step in contestant.points})
+        bare.append({step: list[float]() for step in contestant.points})
+    device = next(model.parameters()).device
+    for number in range(rounds):
+        for index, contestant in enumerate(contestants):
+            done = number * len(contestants) + index
+            progress(f"timing {_label(contestant.entry)}", done, rounds * len(contestants))
+            before[index].append(_seconds(device, contestant.before)[0])
+            for step in contestant.points:
+                samples[index][step].append(_seconds(device, contestant.call, step)[0])
+                seconds, ran = _seconds(device, contestant.bare, step)
+                if ran:
+                    bare[index][step].append(seconds)
+    wholes: list[list[float]] = [[] for _ in contestants]
+    for number in range(rounds if whole else 0):
+        for index, contestant in enumerate(contestants):
+            done = number * len(contestants) + index
+            progress(f"whole: {_label(contestant.entry)}", done, rounds * len(contestants))
+            wholes[index].append(_seconds(device, contestant.whole)[0])
+    return [
+        _measured(one, samples[i], bare[i], before[i], wholes[i], first[i])
+        for i, one in enumerate(contestants)
+    ]
+
+
+def _seconds(device: torch.device, run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """How long a call takes, the device's work included, and what it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = run(*args)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def _label(entry: Entry) -> str:
+    return f"{entry.name}, {'hooks' if entry.hooks else entry.backend}"
+
+
+def _measured(
+    one: Contestant,
+    samples: Mapping[int, Sequence[float]],
+    bare: Mapping[int, Sequence[float]],
+    before: Sequence[float],
+    whole: Sequence[float],
+    first: float,
+) -> Measured:
+    by_round = _per_step(one, samples)
+    chosen = {step: found for step, found in bare.items() if found}
+    model_itself = one.entry.is_model
+    kinds = []
+    for variant in one.plan.variants:
+        at = list(variant.steps)
+        points = [step for step in chosen if step in at]
+        # Each step against itself, so that the share does not hang on which steps were timed.
+        shares = [
+            1 - float(np.median(np.asarray(chosen[p]) / np.asarray(samples[p]))) for p in points
+        ]
+        kinds.append(
+            StepKind(
+                variant.name,
+                len(at),
+                float(np.mean([one.cost.flops[s] for s in at])),
+                Spread.of([float(found[at].mean()) for found in by_round]),
+                float(np.mean(shares)) if shares else None,
+            )
+        )
+    return Measured(
+        name=one.entry.name,
+        backend="hooks" if one.entry.hooks else "model" if model_itself else one.entry.backend,
+        trajectory=Spread.of(
+            [float(found.sum()) + once for found, once in zip(by_round, before, strict=True)]
+        ),
+        prologue=Spread.of(before),
+        whole=Spread.of(whole) if whole else None,
+        steps=tuple(float(s) for s in np.median(np.stack(by_round), axis=0)),
+        kinds=tuple(kinds),
+        limit=one.cost.limit,
+        first_calls=first,
+    )
+
+
+def _per_step(one: Contestant, samples: Mapping[int, Sequence[float]]) -> list[Any]:
+    """Seconds of every step, for each round."""
+    rounds = len(next(iter(samples.values())))
+    result = []
+    for number in range(rounds):
+        seconds = np.zeros(one.plan.steps)
+        for variant in one.plan.variants:
+            timed = sorted((one.cost.flops[s], s) for s in variant.steps if s in samples)
+            known = [samples[step][number] for _, step in timed]
+            work = [flops for flops, _ in timed]
+            for step in variant.steps:
+                exact = samples.get(step)
+                between = float(np.interp(one.cost.flops[step], work, known))
+                seconds[step] = exact[number] if exact is not None else between
+        result.append(seconds)
+    return result

@@ -1,0 +1,201 @@
+"""What a benchmark found, as tables, data and a picture."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import RenderableType
+from rich.text import Text
+from torch import nn
+
+from .bench import Measured, Spread
+from .bench_contestants import UNCACHED
+from .calibration_plot import check_plot_path, figure_class
+from .errors import InputError
+from .picture import amount, plain_table
+
+_LINES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured."""
+
+    torch: str
+    device: str
+    processor: str
+    cores: int
+    threads: int
+    system: str
+
+
+def machine(model: nn.Module) -> Machine:
+    """This machine, and the device that the model is on."""
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    return Machine(
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name(device) if cuda else device.type,
+        processor=_processor(),
+        cores=os.cpu_count() or 0,
+        threads=torch.get_num_threads(),
+        system=platform.platform(terse=True),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """Lets torch use so many threads; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_paths(out: Path | None, plot: Path | None) -> None:
+    """Refuse early what cannot be written later.
+
+    Raises:
+        InputError: a folder is missing, or the plot is no PNG.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise InputError("there is no such folder", place=str(out.parent))
+    if plot is not None:
+        check_plot_path(plot)
+
+
+def report(
+    model: str, found: Sequence[Measured], here: Machine, rounds: int
+) -> Iterator[RenderableType]:
+    """A table of trajectories, one of kinds of steps, and how they came about.
+
+    Args:
+        model: its name.
+        found: what was measured; ratios are to the first that is compiled and uncached.
+        here: the machine.
+        rounds: how often each was timed.
+    """
+    steps = len(found[0].steps)
+    yield Text(f"{model}: {steps} steps", "bold")
+    yield ""
+    yield _trajectories(found)
+    yield ""
+    yield _kinds(found)
+    yield ""
+    yield (
+        f"{rounds} rounds, all in turn, median [quartiles]; a trajectory is the sum over its steps "
+        "of the time of their kind"
+    )
+    yield f"{here.processor}, {here.threads} threads, {here.device}, torch {here.torch}"
+
+
+def _baselines(found: Sequence[Measured]) -> tuple[Measured, Measured]:
+    """The uncached model, compiled and eager."""
+    uncached = [one for one in found if one.name == UNCACHED]
+    compiled = [one for one in uncached if one.backend != "model"]
+    return (compiled or uncached)[0], uncached[0]
+
+
+def _trajectories(found: Sequence[Measured]) -> RenderableType:
+    compiled, eager = _baselines(found)
+    whole = any(one.whole for one in found)
+    numbers = ["seconds", *(["run whole"] if whole else []), "vs compiled", "vs eager", "limit"]
+    table = plain_table("schedule", "by", *numbers, right=tuple(numbers))
+    for one in found:
+        seconds = one.trajectory.median
+        cells = [_spread(one.trajectory), *([_spread(one.whole)] if whole and one.whole else [])]
+        table.add_row(
+            one.name,
+            one.backend,
+            *cells,
+            f"{compiled.trajectory.median / seconds:.2f}x",
+            f"{eager.trajectory.median / seconds:.2f}x",
+            f"{one.limit:.2f}x" if one.name != UNCACHED else "",
+        )
+    return table
+
+
+def _kinds(found: Sequence[Measured]) -> RenderableType:
+    compiled, _ = _baselines(found)
+    step = compiled.trajectory.median / len(compiled.steps)
+    chosen = any(kind.choice is not None for one in found for kind in one.kinds)
+    numbers = ("calls", "FLOPs", "ms a call", "of full", *(["choice"] if chosen else []))
+    table = plain_table("schedule", "by", "variant", *numbers, right=numbers)
+    for one in found:
+        for kind in one.kinds:
+            share = [] if kind.choice is None else [f"{kind.choice:.1%}"]
+            table.add_row(
+                one.name,
+                one.backend,
+                kind.variant,
+                str(kind.calls),
+                amount(kind.flops),
+                _spread(kind.seconds, 1e3),
+                f"{kind.seconds.median / step:.1%}",
+                *share,
+            )
+    return table
+
+
+def _spread(spread: Spread, scale: float = 1) -> str:
+    low, median, high = (
+        f"{value * scale:#.3g}".rstrip(".") for value in (spread.low, spread.median, spread.high)
+    )
+    return f"{median} [{low}-{high}]"
+
+
+def result_data(
+    model: str, found: Sequence[Measured], here: Machine, rounds: int
+) -> dict[str, Any]:
+    """Everything as plain data, for ``--out``; times in seconds."""
+    compiled, eager = _baselines(found)
+    entries = []
+    for one in found:
+        seconds = one.trajectory.median
+        ratios = {
+            "versus_compiled": compiled.trajectory.median / seconds,
+            "versus_eager": eager.trajectory.median / seconds,
+        }
+        entries.append(asdict(one) | ratios)
+    return {"model": model, "rounds": rounds, "machine": asdict(here), "entries": entries}
+
+
+def plot_steps(found: Sequence[Measured], path: Path, title: str) -> None:
+    """Write a PNG: milliseconds of each step over the trajectory, a line an entry.
+
+    Raises:
+        InputError: see :func:`cachegraph.calibration_plot.check_plot_path`.
+    """
+    check_plot_path(path)
+    figure = figure_class()(figsize=(9, 4.5), layout="constrained")
+    panel = figure.subplots()
+    for index, one in enumerate(found):
+        milliseconds = [seconds * 1e3 for seconds in one.steps]
+        label = f"{one.name}, {one.backend}: {one.trajectory.median:.3g} s"
+        style = _LINES[index // 10 % len(_LINES)] if one.name != UNCACHED else "--"
+        panel.step(range(len(one.steps)), milliseconds, style, where="mid", label=label)
+    panel.set_xlabel("step (0 = the first that runs)")
+    panel.set_ylabel("ms a step")
+    panel.set_ylim(bottom=0)
+    panel.grid(visible=True, alpha=0.3)
+    panel.set_title(title)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=120)

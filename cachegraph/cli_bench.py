@@ -1,0 +1,136 @@
+"""The command that times schedules and backends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_options import ArchOption, InputOption, SizeOption
+from .cli_output import progress, show
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .bench_contestants import Entry
+    from .sources import Source
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help="A model as for compile, or an architecture such as DiT-XL/2 (random weights).",
+        ),
+    ],
+    schedules: Annotated[
+        list[str],
+        typer.Option(
+            *("--schedule", "-s"),
+            metavar="SCHEDULE",
+            show_default=False,
+            help="A YAML file or preset; once for each.",
+        ),
+    ],
+    backends: Annotated[
+        list[str], typer.Option("--backend", help="What runs the graphs; once for each.")
+    ] = ["inductor"],  # noqa: B006 - typer copies it
+    rounds: Annotated[int, typer.Option(min=1, help="How often everybody takes a turn.")] = 5,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Both halves of guidance counted; default: of the examples."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.")] = None,
+    hooks: Annotated[
+        bool,
+        typer.Option("--hooks", help="Also run each schedule by Python hooks, as published codes."),
+    ] = False,
+    choice: Annotated[
+        bool,
+        typer.Option("--choice", help="Also time partial steps without their choice of tokens."),
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Also time whole trajectories, not only kinds of steps.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all numbers.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw time of a step against step.")
+    ] = None,
+    arch: ArchOption = None,
+    inputs: InputOption = None,
+    input_size: SizeOption = None,
+) -> None:
+    """Time schedules and backends against the uncached model, eager and by the same backends."""
+    from .backends import get_backend
+    from .bench import run_bench
+    from .bench_report import check_paths, machine, plot_steps, report, result_data, using_threads
+    from .sources import open_model
+
+    check_paths(out, plot)
+    for name in backends:
+        get_backend(name)
+    entries = _entries(schedules, backends, hooks)
+    with progress() as say, using_threads(threads):
+        say("loading the model")
+        source = open_model(
+            model, arch=arch, inputs=inputs or (), random_weights=True, input_size=input_size
+        )
+        args, kwargs = _inputs(source, batch, bool(inputs))
+        found = run_bench(
+            source.model,
+            args,
+            kwargs,
+            entries,
+            rounds=rounds,
+            whole=whole,
+            choice=choice,
+            progress=say,
+        )
+        here = machine(source.model)
+    show(*report(source.name, found, here, rounds))
+    if out is not None:
+        out.write_text(json.dumps(result_data(source.name, found, here, rounds), indent=1) + "\n")
+        show(f"numbers   {out}")
+    if plot is not None:
+        plot_steps(found, plot, source.name)
+        show(f"plot      {plot}")
+
+
+def _entries(schedules: list[str], backends: list[str], hooks: bool) -> list[Entry]:
+    """What is compared: the uncached model, eager and by each backend, then every schedule."""
+    from .bench_contestants import UNCACHED, Entry
+    from .schedule import load_schedule
+
+    asked = {Path(text).stem: load_schedule(text) for text in schedules}
+    if len(asked) != len(schedules):
+        raise InputError("--schedule: two schedules have one name", found=", ".join(schedules))
+    lengths = {name: schedule.steps for name, schedule in asked.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name}: {steps}" for name, steps in lengths.items())
+        raise InputError("schedules of different numbers of steps cannot be compared", found=found)
+    entries = [Entry(UNCACHED, None, name) for name in dict.fromkeys(("eager", *backends))]
+    for name, schedule in asked.items():
+        entries += [Entry(name, schedule, backend) for backend in backends]
+        if hooks:
+            entries.append(Entry(name, schedule, "eager", hooks=True))
+    return entries
+
+
+def _inputs(source: Source, batch: int | None, given: bool) -> tuple[tuple, dict]:
+    """The arguments of a call, of the batch that was asked for."""
+    own = getattr(source.model, "example_inputs", None)
+    if batch is None:
+        if source.args is None and source.kwargs is None and own is not None:
+            return own()
+        return tuple(source.args or ()), dict(source.kwargs or {})
+    if given or own is None:
+        raise InputError(
+            "--batch: the inputs of this model come with their batch",
+            remedy="say it with --input NAME=SHAPE:DTYPE",
+        )
+    return own(batch)
