@@ -176,11 +176,13 @@ def make_inputs(
 
 
 def trajectory(config: Mapping[str, Any], steps: int, *, seed: int = 0) -> Iterator[Inputs]:
-    """Keyword arguments of every call: fresh random inputs, falling timesteps."""
-    whole = not torch.is_floating_point(make_inputs(config)["timestep"])
+    """Keyword arguments of every call: fresh noise, falling timesteps, all else stays."""
+    lasting = make_inputs(config, seed=seed)
+    whole = not torch.is_floating_point(lasting["timestep"])
     for step in range(steps):
         time = 1 - (step + 1) / (steps + 1)
-        yield make_inputs(config, time=round(1000 * time) if whole else time, seed=seed + step)
+        fresh = make_inputs(config, time=round(1000 * time) if whole else time, seed=seed + step)
+        yield lasting | {name: fresh[name] for name in ("hidden_states", "timestep")}
 
 
 def _input(entry: Mapping[str, Any], generator: torch.Generator, factor: int) -> Any:

@@ -258,7 +258,7 @@ def test_a_program_that_is_none(folder: Path) -> None:
 
 def test_a_newer_format_is_told_from_damage(folder: Path) -> None:
     signed(folder, lambda manifest: manifest.update(cachegraph=7))
-    assert "expected format 1; found format 7; update cachegraph" in refusal(folder)
+    assert "expected format 2; found format 7; update cachegraph" in refusal(folder)
 
 
 # --- saving

@@ -99,9 +99,10 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SUMMARY = """\
 steps     6, 2 of them full
 sites     4
-FLOPs     6.27 M of 11.4 M uncached, batch 2
-speed-up  at most 1.82x, going by FLOPs
+FLOPs     6.17 M of 11.4 M uncached, batch 2
+speed-up  at most 1.84x, going by FLOPs
 cache     at most 16.0 KiB, first after step 1
+prologue  at most 7.00 KiB known before a step runs
 weights   326 KiB, shared by 4 variants
 """
 PICTURE = """
@@ -114,9 +115,9 @@ C compute   R reuse
 
 variant   calls  steps  attn     mlp  FLOPs a call  of full
 variant0      2  0 5    2 C      2 C        1.90 M   100.0%
-variant1      1  1      1 C 1 R  2 R         520 k    27.4%
-variant2      2  2 4    2 R      2 R         193 k    10.2%
-variant3      1  3      1 C 1 R  2 C        1.57 M    82.7%
+variant1      1  1      1 C 1 R  2 R         496 k    26.1%
+variant2      2  2 4    2 R      2 R         160 k     8.4%
+variant3      1  3      1 C 1 R  2 C        1.56 M    82.3%
 """
 
 
@@ -259,7 +260,7 @@ WRONG = {
     f"{PRESETS}; did you mean 'fora-n3'?",
     "plan tiny.safetensors -s glob.yaml": "glob.yaml:4: glob 'block.*' matches no site; expected 4 "
     f"sites: {SITES}, blocks.1.mlp (mlp); did you mean 'blocks.1.mlp'?",
-    "compile digits -s fora-n3 --backend eagr": "unknown backend 'eagr'; expected eager, inductor; "
+    "compile digits -s fora-n3 --backend eagr": "unknown backend 'eagr'; expected eager, inductor, aoti, onnx; "
     "did you mean 'eager'?",
     "compile none.pt -s rows.yaml": "none.pt: there is no such weights file",
     "compile pickled.pt -s rows.yaml": "pickled.pt: the file holds pickled Python objects, which "
@@ -269,10 +270,10 @@ WRONG = {
     "compile odd.safetensors -s rows.yaml": "odd.safetensors: these weights are of no known "
     "architecture; expected DiT or PixArt; found 1 tensors: a; compile other models as a "
     "torch.export program (.pt2) or as module:factory",
-    "plan digit -s fora-n3": f"there is no model 'digit'; expected {FORMS}; for plan and inspect "
+    "plan digit -s fora-n3": f"there is no model 'digit'; expected {FORMS}; for plan, inspect and bench "
     "also an architecture, such as DiT-S/2; did you mean 'digits'?",
     "compile DiT-S/2 -s fora-n3": f"'DiT-S/2' is an architecture, without weights; expected {FORMS}"
-    "; only plan and inspect do without",
+    "; only plan, inspect and bench do without",
     f"{PLAN} --input x": f"--input x: not an input; expected {FORM}",
     f"{PLAN} --input x=2,,4:f32": "--input x=2,,4:f32: the shape cannot be read; expected whole "
     "numbers above 0, such as 2,4,32,32; found 2,,4",

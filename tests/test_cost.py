@@ -99,4 +99,4 @@ def test_cost_follows_the_batch() -> None:
 
 
 def test_a_trajectory_without_flops_has_a_limit() -> None:
-    assert PlanCost({}, (0, 0), 0, (0, 0), 0).limit == 0.0
+    assert PlanCost({}, (0, 0), 0, (0, 0), (0, 0), 0).limit == 0.0

@@ -141,7 +141,7 @@ def traced(model: nn.Module) -> TracedModel:
 
 def compiled(traced: TracedModel, plan: Plan, *, verified: bool) -> Runner:
     with nullcontext() if verified else mock.patch.object(pipeline, "verify"):
-        graphs = rewrite(traced, plan)
+        graphs = rewrite(traced, plan, varying=["y"])
     schedule = load_schedule(full(plan.steps))
     program = make_program(traced, schedule, plan, graphs, NO_COST)
     before = Prologues.of(program, named_prologues(graphs), batched=False)
