@@ -35,6 +35,9 @@ class SliceColumns:
         %linear_2_160_192 = aten.linear(%silu_1, @ada.weight[160:192], @ada.bias[160:192])
 
     The parts of a weight are views of it: nothing is stored twice and nothing is cut at run time.
+    A column is computed as before, bit for bit where the BLAS library sums a row in one order
+    whatever the number of columns, which it does for the widths of transformers.
+
     Left alone: layers of which all columns are used, or whose result is used as a whole.
     """
 

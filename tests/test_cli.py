@@ -260,8 +260,8 @@ WRONG = {
     f"{PRESETS}; did you mean 'fora-n3'?",
     "plan tiny.safetensors -s glob.yaml": "glob.yaml:4: glob 'block.*' matches no site; expected 4 "
     f"sites: {SITES}, blocks.1.mlp (mlp); did you mean 'blocks.1.mlp'?",
-    "compile digits -s fora-n3 --backend eagr": "unknown backend 'eagr'; expected eager, inductor, aoti, onnx; "
-    "did you mean 'eager'?",
+    "compile digits -s fora-n3 --backend eagr": "unknown backend 'eagr'; expected eager, "
+    "inductor, aoti, onnx; did you mean 'eager'?",
     "compile none.pt -s rows.yaml": "none.pt: there is no such weights file",
     "compile pickled.pt -s rows.yaml": "pickled.pt: the file holds pickled Python objects, which "
     "can run code when they are read; expected a state dict: names and tensors; found the class "
@@ -270,8 +270,8 @@ WRONG = {
     "compile odd.safetensors -s rows.yaml": "odd.safetensors: these weights are of no known "
     "architecture; expected DiT or PixArt; found 1 tensors: a; compile other models as a "
     "torch.export program (.pt2) or as module:factory",
-    "plan digit -s fora-n3": f"there is no model 'digit'; expected {FORMS}; for plan, inspect and bench "
-    "also an architecture, such as DiT-S/2; did you mean 'digits'?",
+    "plan digit -s fora-n3": f"there is no model 'digit'; expected {FORMS}; for plan, inspect "
+    "and bench also an architecture, such as DiT-S/2; did you mean 'digits'?",
     "compile DiT-S/2 -s fora-n3": f"'DiT-S/2' is an architecture, without weights; expected {FORMS}"
     "; only plan, inspect and bench do without",
     f"{PLAN} --input x": f"--input x: not an input; expected {FORM}",

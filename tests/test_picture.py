@@ -126,7 +126,14 @@ def test_colours_change_no_letter() -> None:
 
 
 def test_overview() -> None:
-    cost = PlanCost({"s0": 2}, (10**9, 2 * 10**8, 10**8, 10**9), 10**9, (2048, 2048, 0, 0), (3072, 512, 0, 0), 4096)
+    cost = PlanCost(
+        {"s0": 2},
+        (10**9, 2 * 10**8, 10**8, 10**9),
+        10**9,
+        (2048, 2048, 0, 0),
+        (3072, 512, 0, 0),
+        4096,
+    )
     plan = plan_of(**MIXED)
     assert text(overview("tiny, mixed", plan, cost, "batch 2", 80, None)) == (
         "tiny, mixed\n"
