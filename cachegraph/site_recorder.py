@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .action import Compute
 from .errors import InputError
-from .pipeline import rewrite
-from .plan import Plan, Variant
+from .graph import copy_module
 from .site import Site
 from .trace import TracedModel, trace
 
@@ -80,7 +78,7 @@ class SiteRecorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model for the next step; arguments and result are the model's."""
         if self._traced is None or self._graph is None:
-            self._traced = trace(self._model, args, kwargs)
+            self._traced = trace(self._model, args, kwargs, dynamic_batch=False)
             self._graph = graph_with_values(self._traced)
             self._begin(len(self._traced.sites))
         signature = self._traced.signature
@@ -90,8 +88,7 @@ class SiteRecorder:
         if branch.step == self._steps:
             raise self._wrong_count("more", self._name)
         outputs = self._graph(*inputs)
-        values = iter(outputs[len(signature.outputs) :])
-        self._measure(branch, [[next(values) for _ in site.values] for site in self.sites])
+        self._measure(branch, self._stacked(outputs[len(signature.outputs) :]))
         branch.step += 1
         self._say(self._text, branch.step, self._steps)
         return signature.unflatten(outputs[: len(signature.outputs)], kwargs.get("return_dict"))
@@ -119,20 +116,36 @@ class SiteRecorder:
         for distance in range(span):
             self._products[:, distance, after + distance >= self._steps] = torch.nan
 
-    def _measure(self, branch: _Branch, values: list[list[Tensor]]) -> None:
-        for back, before in enumerate(branch.values):
-            changes = [_relative_change(b, v) for b, v in zip(before, values, strict=True)]
-            self._errors[:, back, branch.step - back - 1] += torch.tensor(
-                changes, dtype=torch.float64
-            )
+    def _stacked(self, values: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
+        """Sites whose values are alike -> all values of these sites, ``(sites, B, numbers)``.
+
+        Whole stacks are compared at once: an operation a site costs more than its numbers do.
+        """
+        rest = iter(values)
+        flat = [
+            torch.cat([next(rest).flatten(1) for _ in site.values], dim=1) for site in self.sites
+        ]
+        alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+        for i, value in enumerate(flat):
+            alike.setdefault((value.shape, value.dtype), []).append(i)
+        return {tuple(group): torch.stack([flat[i] for i in group]) for group in alike.values()}
+
+    def _measure(self, branch: _Branch, values: dict[tuple[int, ...], Tensor]) -> None:
+        means = {}
+        for group, now in values.items():
+            sizes = now.float().abs().sum((1, 2)).double().cpu()
+            for back, before in enumerate(branch.values):
+                change = (before[group].float() - now.float()).abs_().sum((1, 2)).double().cpu()
+                # Where everything is 0, a change is counted as one of its own size.
+                relative = torch.where(sizes > 0, change / sizes, (change > 0).double())
+                self._errors[list(group), back, branch.step - back - 1] += relative
+            means[group] = now.mean(1, dtype=torch.float64)
         branch.values.appendleft(values)
-        means = [_mean(tensors) for tensors in values]
         branch.means.appendleft(means)
-        for back, others in enumerate(branch.means):
-            products = [float(other @ mean) for other, mean in zip(others, means, strict=True)]
-            self._products[:, back, branch.step - back] += torch.tensor(
-                products, dtype=torch.float64
-            )
+        for group, mean in means.items():
+            for back, others in enumerate(branch.means):
+                products = (others[group] * mean).sum(1).cpu()
+                self._products[list(group), back, branch.step - back] += products
 
     def _check_shapes(self, shapes: list[torch.Size]) -> None:
         self._shapes = self._shapes or shapes
@@ -160,28 +173,16 @@ class _Branch:
 
     def __init__(self, max_distance: int) -> None:
         self.step = 0
-        self.values: deque[list[list[Tensor]]] = deque(maxlen=max_distance)
-        self.means: deque[list[Tensor]] = deque(maxlen=2 * max_distance + 2)
+        self.values: deque[dict[tuple[int, ...], Tensor]] = deque(maxlen=max_distance)
+        self.means: deque[dict[tuple[int, ...], Tensor]] = deque(maxlen=2 * max_distance + 2)
 
 
 def graph_with_values(traced: TracedModel) -> fx.GraphModule:
     """The model's graph with every value of every site behind its outputs, in site order."""
-    count = len(traced.sites)
-    row = (Compute(),) * count
-    variant = Variant("values", (0,), row, writes=(True,) * count, constants=())
-    [step] = rewrite(traced, Plan(traced.sites, (row,), (variant,), (0,)))
-    return step.module
-
-
-def _relative_change(before: Sequence[Tensor], now: Sequence[Tensor]) -> float:
-    """``|before - now| / |now|`` in the L1 norm over all values of a site."""
-    change = sum(
-        float((b.float() - n.float()).abs().sum()) for b, n in zip(before, now, strict=True)
-    )
-    size = sum(float(n.float().abs().sum()) for n in now)
-    return change / size if size else float(change > 0)
-
-
-def _mean(values: Sequence[Tensor]) -> Tensor:
-    """The mean over the batch of all values of a site, as one vector."""
-    return torch.cat([value.double().mean(0).flatten() for value in values])
+    module = copy_module(traced.module)
+    nodes = {node.name: node for node in module.graph.nodes}
+    [output] = module.graph.find_nodes(op="output")
+    values = [nodes[value.node] for site in traced.sites for value in site.values]
+    output.args = ((*output.args[0], *values),)
+    module.recompile()
+    return module
