@@ -15,6 +15,7 @@ from .graph import copy_module
 from .site import Site
 from .trace import TracedModel, trace
 
+_Values = dict[tuple[int, ...], Tensor]  # sites whose values are alike -> their values in one
 Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
 
 
@@ -22,8 +23,7 @@ class SiteRecorder:
     """Is called as the model, once a step, and measures every site on the way.
 
     What runs is the traced graph with every site's values as further outputs. Of a trajectory it
-    keeps the values of the last ``max_distance`` steps, and the means of their batch for as long as
-    two gaps between computed steps can be.
+    keeps the values of the last ``max_distance`` steps, and of their mean the last change.
 
     Args:
         model: in eval mode; it is not changed.
@@ -40,7 +40,7 @@ class SiteRecorder:
         self._traced: TracedModel | None = None
         self._graph: fx.GraphModule | None = None
         self._shapes: list[torch.Size] = []
-        self._errors = self._products = torch.empty(0)
+        self._errors = self._cosines = torch.empty(0)
         self._branches: dict[str, _Branch] = {}
         self._name, self._text = "", ""
         self._measured = 0  # trajectories, those of branches counted apart
@@ -102,22 +102,20 @@ class SiteRecorder:
         """``(sites, max_distance, steps)``, see :class:`cachegraph.calibration.Calibration`."""
         return self._errors / self._measured
 
-    def products(self) -> Tensor:
-        """``(sites, 2 * max_distance + 2, steps)``, see the same."""
-        return self._products / self._measured
+    def cosines(self) -> Tensor:
+        """``(sites, steps)``, see the same."""
+        return self._cosines / self._measured
 
     def _begin(self, sites: int) -> None:
         after = torch.arange(self._steps)
         self._errors = torch.zeros(sites, self._distance, self._steps, dtype=torch.float64)
         for distance in range(1, self._distance + 1):
             self._errors[:, distance - 1, after + distance >= self._steps] = torch.nan
-        span = 2 * self._distance + 2
-        self._products = torch.zeros(sites, span, self._steps, dtype=torch.float64)
-        for distance in range(span):
-            self._products[:, distance, after + distance >= self._steps] = torch.nan
+        self._cosines = torch.zeros(sites, self._steps, dtype=torch.float64)
+        self._cosines[:, :2] = torch.nan
 
-    def _stacked(self, values: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
-        """Sites whose values are alike -> all values of these sites, ``(sites, B, numbers)``.
+    def _stacked(self, values: Sequence[Tensor]) -> _Values:
+        """All values of a step, ``(sites, B, numbers)`` in groups of sites.
 
         Whole stacks are compared at once: an operation a site costs more than its numbers do.
         """
@@ -130,22 +128,25 @@ class SiteRecorder:
             alike.setdefault((value.shape, value.dtype), []).append(i)
         return {tuple(group): torch.stack([flat[i] for i in group]) for group in alike.values()}
 
-    def _measure(self, branch: _Branch, values: dict[tuple[int, ...], Tensor]) -> None:
-        means = {}
+    def _measure(self, branch: _Branch, values: _Values) -> None:
+        """Compare the values of a step, ``(sites, B, numbers)`` in groups, with those before it."""
         for group, now in values.items():
+            sites = list(group)
             sizes = now.float().abs().sum((1, 2)).double().cpu()
             for back, before in enumerate(branch.values):
                 change = (before[group].float() - now.float()).abs_().sum((1, 2)).double().cpu()
                 # Where everything is 0, a change is counted as one of its own size.
                 relative = torch.where(sizes > 0, change / sizes, (change > 0).double())
-                self._errors[list(group), back, branch.step - back - 1] += relative
-            means[group] = now.mean(1, dtype=torch.float64)
+                self._errors[sites, back, branch.step - back - 1] += relative
+            mean = now.mean(1, dtype=torch.float64)
+            if branch.step > 0:
+                change = mean - branch.mean[group]
+                if branch.step > 1:
+                    cosine = torch.cosine_similarity(change, branch.change[group], dim=1)
+                    self._cosines[sites, branch.step] += cosine.cpu()
+                branch.change[group] = change
+            branch.mean[group] = mean
         branch.values.appendleft(values)
-        branch.means.appendleft(means)
-        for group, mean in means.items():
-            for back, others in enumerate(branch.means):
-                products = (others[group] * mean).sum(1).cpu()
-                self._products[list(group), back, branch.step - back] += products
 
     def _check_shapes(self, shapes: list[torch.Size]) -> None:
         self._shapes = self._shapes or shapes
@@ -173,8 +174,9 @@ class _Branch:
 
     def __init__(self, max_distance: int) -> None:
         self.step = 0
-        self.values: deque[dict[tuple[int, ...], Tensor]] = deque(maxlen=max_distance)
-        self.means: deque[dict[tuple[int, ...], Tensor]] = deque(maxlen=2 * max_distance + 2)
+        self.values: deque[_Values] = deque(maxlen=max_distance)
+        self.mean: _Values = {}
+        self.change: _Values = {}
 
 
 def graph_with_values(traced: TracedModel) -> fx.GraphModule:
