@@ -195,9 +195,9 @@ def test_run_adds_a_correction(tmp_path: Path) -> None:
 
 
 def test_run_corrects_a_host(tmp_path: Path) -> None:
-    host, out = tmp_path / "host.yaml", tmp_path / "out/s.yaml"
-    out.parent.mkdir()
-    torch.save({f"{i}.prob": torch.tensor([3.0, -3, -3, -3]) for i in range(8)}, tmp_path / "r.pt")
+    host, out = tmp_path / "hosts/host.yaml", tmp_path / "s.yaml"
+    host.parent.mkdir()
+    router(host.parent / "r.pt")
     host.write_text("cachegraph: 1\nsteps: 8\npolicy: {method: router, file: r.pt}\n")
     schedule, measured = run_calibrate(
         "tests.tiny:tiny",
