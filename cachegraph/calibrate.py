@@ -14,16 +14,22 @@ from typing import Any
 
 from torch import nn
 
+from .action import Forecast
 from .calibration import (
     Calibration,
+    calibration_block,
     goc_steps,
     smoothcache_lists,
     smoothcache_schedule,
 )
 from .calibration_plot import check_plot_path, plot_calibration
 from .errors import InputError, nearest
+from .policies import make_rows
 from .schedule import Schedule, load_schedule
+from .schedule_policies import RouterPolicy
 from .site_recorder import Progress, SiteRecorder
+
+_STEPS, _BOUND = 50, 0.1  # where nothing else is asked for
 
 __all__ = [
     "Calibration",
@@ -72,7 +78,7 @@ def calibrate(
     for seed in range(trajectories):
         with recorder.trajectory(f"trajectory {seed + 1} of {trajectories}"):
             sampler(recorder, seed)
-    return Calibration(recorder.sites, steps, trajectories, recorder.errors(), recorder.products())
+    return Calibration(recorder.sites, steps, trajectories, recorder.errors(), recorder.cosines())
 
 
 def load_sampler(text: str) -> Sampler:
@@ -116,25 +122,27 @@ def run_calibrate(
     out: Path,
     *,
     sampler: str | None = None,
-    steps: int = 50,
-    bound: float = 0.1,
+    steps: int | None = None,
+    bound: float | None = None,
     trajectories: int = 4,
     max_distance: int = 3,
+    host: str | None = None,
     goc_weight: float | None = None,
     plot: Path | None = None,
     arch: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Schedule, Calibration]:
-    """Measure a model and write the SmoothCache schedule that follows at an error bound.
+    """Measure a model and write the schedule that follows: SmoothCache, or a host with GOC.
 
     Args:
         model: what ``open_model`` takes.
         out: the schedule to write, a ``.yaml`` file.
         sampler: ``module:function``; the model ``digits`` has one of its own.
-        steps: model calls per trajectory.
-        bound: the largest relative L1 change of a reused value.
+        steps: model calls per trajectory; by default those of the host, else 50.
+        bound: of SmoothCache, the largest relative L1 change of a reused value; by default 0.1.
         trajectories: how many to measure.
         max_distance: the most steps between a value and the one it is compared with.
+        host: a schedule to correct, instead of writing SmoothCache lists.
         goc_weight: correct reused values with this weight where :func:`goc_steps` says so.
         plot: a PNG to draw the curves into.
         arch: architecture of a weights file.
@@ -152,6 +160,11 @@ def run_calibrate(
     _check_output(out)
     if plot is not None:
         check_plot_path(plot)
+    corrected = None if host is None else _load_host(host, steps, bound, goc_weight)
+    if corrected is not None:
+        steps = corrected.steps
+    steps = _STEPS if steps is None else steps
+    bound = _BOUND if bound is None else bound
     _check_counts(steps, max_distance, trajectories)
     _check_sampler(model, sampler)
     run = digits_sampler(steps) if sampler is None else load_sampler(sampler)
@@ -164,13 +177,53 @@ def run_calibrate(
         trajectories=trajectories,
         progress=progress,
     )
-    schedule = _schedule(measured, bound, goc_weight, source.name)
-    counted = "1 trajectory" if trajectories == 1 else f"{trajectories} trajectories"
-    measurement = f"measured over {counted} of {steps} steps"
-    _write(schedule, out, f"{source.name}: {measurement}, bound {bound:g}")
+    schedule = _schedule(measured, corrected, bound, goc_weight, source.name)
+    what = f"SmoothCache at bound {bound:g}" if host is None else Path(host).stem
+    what += "" if goc_weight is None else f" with GOC of weight {goc_weight:g}"
+    _write(schedule, out, f"{what}, calibrated on {source.name} over {measured.extent}")
     if plot is not None:
-        plot_calibration(measured, plot, bound=bound, title=source.name)
+        plot_calibration(
+            measured,
+            plot,
+            bound=bound if host is None else None,
+            corrected=schedule.correction.steps if schedule.correction is not None else (),
+            title=source.name,
+        )
     return schedule, measured
+
+
+def _load_host(
+    host: str, steps: int | None, bound: float | None, goc_weight: float | None
+) -> Schedule:
+    """The schedule to correct, after a look at what goes with it."""
+    schedule = load_schedule(host)
+    if goc_weight is None:
+        raise InputError("a schedule to correct needs a weight", place=host, remedy="give --goc")
+    if bound is not None:
+        raise InputError(
+            "a schedule to correct has no bound",
+            place=host,
+            remedy="leave out --bound, or --schedule for SmoothCache lists",
+        )
+    if schedule.correction is not None:
+        raise InputError(
+            "the schedule has a correction already",
+            place=schedule.where("correction"),
+            remedy="take it out, or start from the schedule without it",
+        )
+    if steps not in (None, schedule.steps):
+        raise InputError(
+            "the number of steps does not fit the schedule",
+            place=schedule.where("steps"),
+            expected=f"{schedule.steps} steps",
+            found=str(steps),
+            remedy="leave out --steps",
+        )
+    # Which steps is not known yet, but a policy that takes no correction is refused before the
+    # model runs.
+    correction = {"method": "goc", "weight": goc_weight, "steps": (schedule.steps - 1,)}
+    load_schedule(schedule.model_dump(exclude_none=True) | {"correction": correction})
+    return schedule
 
 
 def _check_sampler(model: str, sampler: str | None) -> None:
@@ -184,16 +237,29 @@ def _check_sampler(model: str, sampler: str | None) -> None:
 
 
 def _write(schedule: Schedule, out: Path, what: str) -> None:
-    comment = f"# SmoothCache by relative L1 change for {what}\n"
     try:
-        out.write_text(comment + schedule.to_yaml(), encoding="utf-8")
+        out.write_text(f"# {what}\n{schedule.to_yaml()}", encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"the schedule cannot be written: {error.strerror}", place=str(out)
         ) from error
 
 
-def _schedule(measured: Calibration, bound: float, goc_weight: float | None, name: str) -> Schedule:
+def _schedule(
+    measured: Calibration, host: Schedule | None, bound: float, goc_weight: float | None, name: str
+) -> Schedule:
+    if host is None:
+        schedule = _smoothcache(measured, bound, name)
+    else:
+        keys = host.model_dump(exclude_none=True)
+        if (file := keys["policy"].get("file")) is not None:  # it need not stand beside the result
+            keys["policy"]["file"] = str(host.file(file, "policy", "file"))
+        keys["calibration"] = calibration_block(measured, model=name)
+        schedule = load_schedule(keys)
+    return schedule if goc_weight is None else _with_goc(schedule, measured, goc_weight)
+
+
+def _smoothcache(measured: Calibration, bound: float, name: str) -> Schedule:
     lists = smoothcache_lists(measured, bound)
     if all(all(rule) for rule in lists.values()):
         least = min(
@@ -204,19 +270,28 @@ def _schedule(measured: Calibration, bound: float, goc_weight: float | None, nam
             expected=f"a bound of at least {least:.2g}, the smallest change that was measured",
             remedy="raise --bound or take more steps",
         )
-    schedule = smoothcache_schedule(measured, bound, model=name)
-    if goc_weight is None:
-        return schedule
-    reused = {kind: [s for s, one in enumerate(rule) if not one] for kind, rule in lists.items()}
-    chosen = goc_steps(measured, reused)
+    return smoothcache_schedule(measured, bound, model=name)
+
+
+def _with_goc(schedule: Schedule, measured: Calibration, weight: float) -> Schedule:
+    """The schedule corrected at the steps of :func:`goc_steps` where there is a change to follow.
+
+    On a router, blocks are corrected as a whole, as the published code does.
+    """
+    both = isinstance(schedule.policy, RouterPolicy)
+    chosen = goc_steps(measured, make_rows(schedule, measured.sites))
+    keys = schedule.model_dump(exclude_none=True)
+    correction = {"method": "goc", "weight": weight, "steps": chosen, "both_modules": both}
+    if chosen:
+        rows = make_rows(load_schedule(keys | {"correction": correction}), measured.sites)
+        chosen = tuple(s for s in chosen if any(isinstance(a, Forecast) for a in rows[s]))
     if not chosen:
         raise InputError(
             "no step is to be corrected",
             expected="reused values that keep moving in one direction",
             remedy="leave out the weight of the correction",
         )
-    correction = {"method": "goc", "weight": goc_weight, "steps": chosen}
-    return load_schedule(schedule.model_dump(exclude_none=True) | {"correction": correction})
+    return load_schedule(keys | {"correction": correction | {"steps": chosen}})
 
 
 def _check_counts(steps: int, max_distance: int, trajectories: int) -> None:

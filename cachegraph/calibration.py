@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .errors import InputError
+from .action import Reuse, Row
 from .schedule import Schedule, load_schedule
 from .site import Site
 
@@ -26,21 +25,27 @@ class Calibration:
         trajectories: how many were measured.
         errors: ``(sites, max_distance, steps)``: ``errors[i, r - 1, s]`` is the relative L1 change
             ``|o_s - o_(s+r)| / |o_(s+r)|`` of the site's value o; NaN where ``s + r`` is no step.
-        products: ``(sites, 2 * max_distance + 2, steps)``: ``products[i, k, s]`` is the inner
-            product of the site's values at ``s`` and ``s + k``, averaged over the batch before;
-            NaN where ``s + k`` is no step. Every cosine between changes follows from them.
+        cosines: ``(sites, steps)``: ``cosines[i, s]`` is the cosine between the last two changes of
+            the site's mean value over the batch, ``o_s - o_(s-1)`` and ``o_(s-1) - o_(s-2)``; NaN
+            at steps 0 and 1, and 0 where nothing changed.
     """
 
     sites: tuple[Site, ...]
     steps: int
     trajectories: int
     errors: Tensor
-    products: Tensor
+    cosines: Tensor
 
     @property
     def max_distance(self) -> int:
         """The largest distance between steps whose change was measured."""
         return self.errors.shape[1]
+
+    @property
+    def extent(self) -> str:
+        """``4 trajectories of 50 steps``."""
+        counted = "1 trajectory" if self.trajectories == 1 else f"{self.trajectories} trajectories"
+        return f"{counted} of {self.steps} steps"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -55,38 +60,6 @@ class Calibration:
         """``[distance - 1][step]``: the errors averaged over the sites of a kind."""
         mean = self.errors[self.indices(kind)].mean(0)
         return [mean[r, : self.steps - r - 1].tolist() for r in range(self.max_distance)]
-
-    def cosine(self, sites: Iterable[int], step: int, newest: int, older: int) -> float:
-        """Cosine between the change up to a step and the one before, averaged over sites.
-
-        Args:
-            sites: indices.
-            step: the change is ``f(step) - f(newest)``.
-            newest: a step before it.
-            older: a step before that; the change before is ``f(newest) - f(older)``.
-
-        Raises:
-            InputError: the steps are further apart than was measured.
-        """
-        if step - older >= self.products.shape[1]:
-            raise InputError(
-                f"the changes between steps {older}, {newest} and {step} were not measured",
-                expected=f"steps at most {self.products.shape[1] - 1} apart",
-                remedy=f"calibrate with max_distance {(step - older) // 2}",
-            )
-        chosen = list(sites)
-
-        def product(first: int, second: int) -> Tensor:
-            return self.products[chosen, abs(first - second), min(first, second)]
-
-        def change(after: int, before: int) -> Tensor:
-            return product(after, after) - 2 * product(after, before) + product(before, before)
-
-        dots = (product(step, newest) - product(newest, newest)) - (
-            product(step, older) - product(newest, older)
-        )
-        norms = (change(step, newest) * change(newest, older)).clamp_min(0).sqrt()
-        return torch.where(norms > 0, dots / norms, torch.zeros_like(dots)).mean().item()
 
 
 def smoothcache_lists(calibration: Calibration, error_bound: float) -> dict[str, list[int]]:
@@ -142,42 +115,23 @@ def calibration_block(
     return block
 
 
-def goc_steps(
-    calibration: Calibration, reuse_steps: Sequence[int] | Mapping[str, Sequence[int]]
-) -> tuple[int, ...]:
-    """The steps at which GOC helps: where the values keep moving in the direction they moved in.
+def goc_steps(calibration: Calibration, rows: Sequence[Row]) -> tuple[int, ...]:
+    """The steps at which GOC helps: where values keep moving in the direction they moved in.
 
-    At step s the correction pushes the newest computed value ``f(a)`` along the change before it,
-    ``f(a) - f(b)``; that is right where the true change ``f(s) - f(a)`` has a positive cosine with
-    it, averaged over the reused sites. Where every step before s is computed, ``a = s - 1`` and
-    ``b = s - 2``; elsewhere a is the newest computed step and b the computed one before it. A step
-    is left out where the two steps before it use one value, as there is no change to follow then.
+    Corrected are the steps that reuse a site and where the cosine between the last two changes of
+    the uncached values is positive, averaged over the sites that they reuse. The publication types
+    its list in by hand and leaves out the steps where the direction turns.
 
     Args:
         calibration: what was measured.
-        reuse_steps: the steps at which the host reuses all sites, or such a list for each kind.
-
-    Raises:
-        InputError: a host that reuses for longer than was measured.
+        rows: what the schedule to correct does, one action for each of the calibration's sites.
     """
-    by_kind = (
-        {kind: frozenset(steps) for kind, steps in reuse_steps.items()}
-        if isinstance(reuse_steps, Mapping)
-        else dict.fromkeys(calibration.kinds, frozenset(reuse_steps))
-    )
-    corrected: list[int] = []
-    for step in range(2, calibration.steps):
-        cosines: list[float] = []
-        for kind, reused in by_kind.items():
-            moved = step - 1 not in reused or step - 1 in corrected
-            computed = [s for s in range(step) if s not in reused][-2:]
-            if step in reused and moved and len(computed) == 2:
-                older, newest = computed
-                sites = calibration.indices(kind)
-                cosines += len(sites) * [calibration.cosine(sites, step, newest, older)]
-        if cosines and sum(cosines) > 0:
-            corrected.append(step)
-    return tuple(corrected)
+    chosen = []
+    for step, row in enumerate(rows):
+        reused = [i for i, action in enumerate(row) if isinstance(action, Reuse)]
+        if reused and calibration.cosines[reused, step].mean() > 0:  # never at steps 0 and 1: NaN
+            chosen.append(step)
+    return tuple(chosen)
 
 
 def _greedy(curves: Sequence[Sequence[float]], steps: int, bound: float) -> list[int]:

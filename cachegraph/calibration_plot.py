@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,12 @@ def check_plot_path(path: Path) -> None:
 
 
 def plot_calibration(
-    calibration: Calibration, path: Path, *, bound: float | None = None, title: str = ""
+    calibration: Calibration,
+    path: Path,
+    *,
+    bound: float | None = None,
+    corrected: Sequence[int] = (),
+    title: str = "",
 ) -> None:
     """Write a PNG: the mean error at every distance, its range over sites, and what is computed.
 
@@ -39,6 +45,7 @@ def plot_calibration(
         calibration: what was measured.
         path: the PNG.
         bound: drawn as a line; the steps that SmoothCache computes at it are marked.
+        corrected: the steps of a correction, to be marked.
         title: above the panels.
 
     Raises:
@@ -49,16 +56,20 @@ def plot_calibration(
     figure = figure_class()(figsize=(_WIDTH, 0.6 + _HEIGHT * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for panel, kind in zip(panels, kinds, strict=True):
-        _draw(panel, calibration, kind, bound)
+        _draw_errors(panel, calibration, kind)
+        if bound is not None:
+            label = f"bound {bound:g}"
+            panel.axhline(bound, color="black", linestyle="--", linewidth=1, label=label)
+            rule = smoothcache_lists(calibration, bound)[kind]
+            _mark(panel, [step for step, one in enumerate(rule) if one], "computed", 0.03, "|")
+        _mark(panel, corrected, "corrected", 0.09, "x")
+        panel.legend(fontsize=8, ncols=3, loc="upper left")
     panels[-1].set_xlabel("step (0 = the first that runs)")
-    counted = (
-        f"{calibration.trajectories} trajector{'y' if calibration.trajectories == 1 else 'ies'}"
-    )
-    figure.suptitle(f"{title}: {counted}" if title else counted)
+    figure.suptitle(f"{title}: {calibration.extent}" if title else calibration.extent)
     figure.savefig(path, dpi=120)
 
 
-def _draw(panel: Axes, calibration: Calibration, kind: str, bound: float | None) -> None:
+def _draw_errors(panel: Axes, calibration: Calibration, kind: str) -> None:
     sites = calibration.errors[calibration.indices(kind)].numpy()
     for distance, curve in enumerate(calibration.curves(kind), start=1):
         steps = np.arange(len(curve))
@@ -68,25 +79,27 @@ def _draw(panel: Axes, calibration: Calibration, kind: str, bound: float | None)
         panel.fill_between(
             steps, of_sites.min(0), of_sites.max(0), color=colour, alpha=0.12, linewidth=0
         )
-    if bound is not None:
-        panel.axhline(bound, color="black", linestyle="--", linewidth=1, label=f"bound {bound:g}")
-        rule = smoothcache_lists(calibration, bound)[kind]
-        computed = [step for step, one in enumerate(rule) if one]
-        panel.plot(
-            computed,
-            [0.02] * len(computed),
-            "|",
-            color="black",
-            markersize=8,
-            transform=panel.get_xaxis_transform(),
-            label=f"computed: {len(computed)} of {len(rule)}",
-        )
     panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
     panel.set_ylabel("relative L1 change")
-    count = len(calibration.indices(kind))
-    panel.set_title(f"{kind}: mean of {count} sites, band from least to most", fontsize=10)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low / 2, high * 3)  # room for the marks below and for the legend above
+    panel.set_title(f"{kind}: mean of {len(sites)} sites, band from least to most", fontsize=10)
     panel.grid(visible=True, alpha=0.3)
-    panel.legend(fontsize=8, ncols=3, loc="upper left")
+
+
+def _mark(panel: Axes, steps: Sequence[int], word: str, height: float, marker: str) -> None:
+    """Mark steps at the lower edge of a panel."""
+    if steps:
+        panel.plot(
+            steps,
+            [height] * len(steps),
+            marker,
+            color="black",
+            markersize=8 if marker == "|" else 4,
+            transform=panel.get_xaxis_transform(),
+            label=f"{word}: {len(steps)} steps",
+        )
 
 
 def figure_class() -> Any:

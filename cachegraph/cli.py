@@ -159,6 +159,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         calibrate,
         (
             "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
+            "cachegraph calibrate digits --schedule fora-n3 --goc 0.5 -o corrected.yaml",
             "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
         ),
     ),

@@ -10,40 +10,57 @@ import typer
 from .cli_options import ArchOption, ModelArgument
 from .cli_output import progress, show
 
+_Out = Annotated[
+    Path,
+    typer.Option("--out", "-o", metavar="FILE.yaml", show_default=False, help="A schedule."),
+]
+_Steps = Annotated[
+    int | None,
+    typer.Option(min=2, help="Model calls per trajectory; default: the schedule's, else 50."),
+]
+_Bound = Annotated[
+    float | None,
+    typer.Option(min=0, help="Of SmoothCache: the largest change of a reused value; default: 0.1."),
+]
+_Sampler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="sampler(model, seed) that runs one trajectory; digits has its own.",
+    ),
+]
+_Host = Annotated[
+    str | None,
+    typer.Option(
+        *("--schedule", "-s"),
+        metavar="SCHEDULE",
+        help="A file or preset to correct with --goc, instead of writing SmoothCache lists.",
+    ),
+]
+_Goc = Annotated[
+    float | None, typer.Option(metavar="WEIGHT", help="Add a GOC correction of this weight.")
+]
+_Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw error against step.")]
+
 
 def calibrate(
     model: ModelArgument,
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="FILE.yaml", show_default=False, help="A schedule."),
-    ],
-    steps: Annotated[int, typer.Option(min=2, help="Model calls per trajectory.")] = 50,
-    bound: Annotated[
-        float, typer.Option(min=0, help="The largest relative change of a reused value.")
-    ] = 0.1,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="sampler(model, seed) that runs one trajectory; digits has its own.",
-        ),
-    ] = None,
+    out: _Out,
+    steps: _Steps = None,
+    bound: _Bound = None,
+    sampler: _Sampler = None,
     trajectories: Annotated[int, typer.Option(min=1, help="How many to measure.")] = 4,
     distance: Annotated[int, typer.Option(min=1, help="The most steps between two values.")] = 3,
-    goc: Annotated[
-        float | None,
-        typer.Option(metavar="WEIGHT", help="Add a GOC correction of this weight."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw error against step.")
-    ] = None,
+    schedule: _Host = None,
+    goc: _Goc = None,
+    plot: _Plot = None,
     arch: ArchOption = None,
 ) -> None:
     """Measure how a model's values change from step to step, and write a schedule that follows."""
     from .calibrate import run_calibrate
 
     with progress() as say:
-        schedule, measured = run_calibrate(
+        _, measured = run_calibrate(
             model,
             out,
             sampler=sampler,
@@ -51,14 +68,15 @@ def calibrate(
             bound=bound,
             trajectories=trajectories,
             max_distance=distance,
+            host=schedule,
             goc_weight=goc,
             plot=plot,
             arch=arch,
             progress=say,
         )
     drawn = f", {plot}" if plot else ""
-    show(f"{out}{drawn}: {len(measured.sites)} sites over {trajectories} trajectories")
-    show(f"cachegraph plan {model} --schedule {out} shows what {schedule.steps} steps do")
+    show(f"{out}{drawn}: {len(measured.sites)} sites over {measured.extent}")
+    show(f"cachegraph plan {model} --schedule {out} shows what it computes")
 
 
 def import_router_file(

@@ -144,10 +144,33 @@ def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableT
     table.add_row("FLOPs", f"{amount(cost.total_flops)} of {amount(full)} uncached, {batch}")
     table.add_row("speed-up", f"at most {cost.limit:.2f}x, going by FLOPs")
     table.add_row("cache", f"at most {size(peak)}{when}")
+    if peak:
+        table.add_row("history", _histories(plan))
+        table.add_row("liveness", _saved(plan, cost))
     if any(cost.known_bytes):
         table.add_row("prologue", f"at most {size(max(cost.known_bytes))} known before a step runs")
     table.add_row("weights", f"{size(cost.weight_bytes)}{shared}")
     return Group(Text(heading, "bold"), "", table)
+
+
+def _histories(plan: Plan) -> str:
+    """``attn 5, mlp 1: the most values kept of a site``."""
+    depths: dict[str, int] = {}
+    for site, depth in zip(plan.sites, plan.history_depths(), strict=True):
+        depths[site.kind] = max(depths.get(site.kind, 0), depth)
+    listed = ", ".join(f"{kind} {depth}" for kind, depth in depths.items())
+    return f"{listed}: the most values kept of a site"
+
+
+def _saved(plan: Plan, cost: PlanCost) -> str:
+    """What freeing values after their last use saves."""
+    unfreed = plan.unfreed_bytes(cost.symbols)
+    on_average = (sum(unfreed) - sum(cost.cache_bytes)) / plan.steps
+    at_most = max(unfreed) - max(cost.cache_bytes)
+    return (
+        f"saves {size(on_average)} of {size(sum(unfreed) / plan.steps)} on average, "
+        f"{size(at_most)} of {size(max(unfreed))} at the peak"
+    )
 
 
 def overview(

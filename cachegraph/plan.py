@@ -80,16 +80,50 @@ class Plan:
         Args:
             symbols: a number for each shape symbol, such as the batch.
         """
-        size = [sum(v.spec.nbytes(symbols) for v in site.values) for site in self.sites]
         live = [0] * self.steps
         for kept, last in self.last_use.items():
-            nbytes = size[kept.site]
-            if kept.part in EXTRAS:
-                spec = extra_spec(self.sites[kept.site], kept.part, self.order_depth)
-                nbytes = spec.nbytes(symbols)
+            nbytes = self._nbytes(kept, symbols)
             for step in range(kept.made, last):
                 live[step] += nbytes
         return tuple(live)
+
+    def unfreed_bytes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        """Bytes that would live on after each step without liveness.
+
+        Every value that is made would be kept, in a history as deep for all sites as the deepest
+        one has to be, until newer ones push it out; so would everything beside the values, until
+        it is made anew. What liveness saves is the difference to :meth:`cache_bytes`.
+
+        Args:
+            symbols: a number for each shape symbol, such as the batch.
+        """
+        deepest = max(self.history_depths(), default=0)
+        live = [0] * self.steps
+        for i in range(len(self.sites)):
+            nbytes, made = self._nbytes(Kept(i, 0), symbols), 0
+            for step, row in enumerate(self.rows):
+                made += makes_value(row[i])
+                live[step] += nbytes * min(made, deepest)
+        extras = {(kept.site, kept.part): kept for kept in sorted(self.last_use, reverse=True)}
+        for kept in extras.values():  # the first that is made of each
+            if kept.part in EXTRAS:
+                for step in range(kept.made, self.steps):
+                    live[step] += self._nbytes(kept, symbols)
+        return tuple(live)
+
+    def history_depths(self) -> tuple[int, ...]:
+        """Per site, the most of its values that live on after any step."""
+        alive = [[0] * self.steps for _ in self.sites]
+        for kept, last in self.last_use.items():
+            for step in range(kept.made, last) if kept.part == VALUES else ():
+                alive[kept.site][step] += 1
+        return tuple(map(max, alive))
+
+    def _nbytes(self, kept: Kept, symbols: Mapping[str, int]) -> int:
+        site = self.sites[kept.site]
+        if kept.part in EXTRAS:
+            return extra_spec(site, kept.part, self.order_depth).nbytes(symbols)
+        return sum(value.spec.nbytes(symbols) for value in site.values)
 
     def full_steps(self) -> int:
         """How many steps compute every site."""

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .action import Compute
 from .errors import InputError
-from .pipeline import rewrite
-from .plan import Plan, Variant
+from .graph import copy_module
 from .site import Site
 from .trace import TracedModel, trace
 
+_Values = dict[tuple[int, ...], Tensor]  # sites whose values are alike -> their values in one
 Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
 
 
@@ -24,8 +23,7 @@ class SiteRecorder:
     """Is called as the model, once a step, and measures every site on the way.
 
     What runs is the traced graph with every site's values as further outputs. Of a trajectory it
-    keeps the values of the last ``max_distance`` steps, and the means of their batch for as long as
-    two gaps between computed steps can be.
+    keeps the values of the last ``max_distance`` steps, and of their mean the last change.
 
     Args:
         model: in eval mode; it is not changed.
@@ -42,7 +40,7 @@ class SiteRecorder:
         self._traced: TracedModel | None = None
         self._graph: fx.GraphModule | None = None
         self._shapes: list[torch.Size] = []
-        self._errors = self._products = torch.empty(0)
+        self._errors = self._cosines = torch.empty(0)
         self._branches: dict[str, _Branch] = {}
         self._name, self._text = "", ""
         self._measured = 0  # trajectories, those of branches counted apart
@@ -80,7 +78,7 @@ class SiteRecorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model for the next step; arguments and result are the model's."""
         if self._traced is None or self._graph is None:
-            self._traced = trace(self._model, args, kwargs)
+            self._traced = trace(self._model, args, kwargs, dynamic_batch=False)
             self._graph = graph_with_values(self._traced)
             self._begin(len(self._traced.sites))
         signature = self._traced.signature
@@ -90,8 +88,7 @@ class SiteRecorder:
         if branch.step == self._steps:
             raise self._wrong_count("more", self._name)
         outputs = self._graph(*inputs)
-        values = iter(outputs[len(signature.outputs) :])
-        self._measure(branch, [[next(values) for _ in site.values] for site in self.sites])
+        self._measure(branch, self._stacked(outputs[len(signature.outputs) :]))
         branch.step += 1
         self._say(self._text, branch.step, self._steps)
         return signature.unflatten(outputs[: len(signature.outputs)], kwargs.get("return_dict"))
@@ -105,34 +102,51 @@ class SiteRecorder:
         """``(sites, max_distance, steps)``, see :class:`cachegraph.calibration.Calibration`."""
         return self._errors / self._measured
 
-    def products(self) -> Tensor:
-        """``(sites, 2 * max_distance + 2, steps)``, see the same."""
-        return self._products / self._measured
+    def cosines(self) -> Tensor:
+        """``(sites, steps)``, see the same."""
+        return self._cosines / self._measured
 
     def _begin(self, sites: int) -> None:
         after = torch.arange(self._steps)
         self._errors = torch.zeros(sites, self._distance, self._steps, dtype=torch.float64)
         for distance in range(1, self._distance + 1):
             self._errors[:, distance - 1, after + distance >= self._steps] = torch.nan
-        span = 2 * self._distance + 2
-        self._products = torch.zeros(sites, span, self._steps, dtype=torch.float64)
-        for distance in range(span):
-            self._products[:, distance, after + distance >= self._steps] = torch.nan
+        self._cosines = torch.zeros(sites, self._steps, dtype=torch.float64)
+        self._cosines[:, :2] = torch.nan
 
-    def _measure(self, branch: _Branch, values: list[list[Tensor]]) -> None:
-        for back, before in enumerate(branch.values):
-            changes = [_relative_change(b, v) for b, v in zip(before, values, strict=True)]
-            self._errors[:, back, branch.step - back - 1] += torch.tensor(
-                changes, dtype=torch.float64
-            )
+    def _stacked(self, values: Sequence[Tensor]) -> _Values:
+        """All values of a step, ``(sites, B, numbers)`` in groups of sites.
+
+        Whole stacks are compared at once: an operation a site costs more than its numbers do.
+        """
+        rest = iter(values)
+        flat = [
+            torch.cat([next(rest).flatten(1) for _ in site.values], dim=1) for site in self.sites
+        ]
+        alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+        for i, value in enumerate(flat):
+            alike.setdefault((value.shape, value.dtype), []).append(i)
+        return {tuple(group): torch.stack([flat[i] for i in group]) for group in alike.values()}
+
+    def _measure(self, branch: _Branch, values: _Values) -> None:
+        """Compare the values of a step, ``(sites, B, numbers)`` in groups, with those before it."""
+        for group, now in values.items():
+            sites = list(group)
+            sizes = now.float().abs().sum((1, 2)).double().cpu()
+            for back, before in enumerate(branch.values):
+                change = (before[group].float() - now.float()).abs_().sum((1, 2)).double().cpu()
+                # Where everything is 0, a change is counted as one of its own size.
+                relative = torch.where(sizes > 0, change / sizes, (change > 0).double())
+                self._errors[sites, back, branch.step - back - 1] += relative
+            mean = now.mean(1, dtype=torch.float64)
+            if branch.step > 0:
+                change = mean - branch.mean[group]
+                if branch.step > 1:
+                    cosine = torch.cosine_similarity(change, branch.change[group], dim=1)
+                    self._cosines[sites, branch.step] += cosine.cpu()
+                branch.change[group] = change
+            branch.mean[group] = mean
         branch.values.appendleft(values)
-        means = [_mean(tensors) for tensors in values]
-        branch.means.appendleft(means)
-        for back, others in enumerate(branch.means):
-            products = [float(other @ mean) for other, mean in zip(others, means, strict=True)]
-            self._products[:, back, branch.step - back] += torch.tensor(
-                products, dtype=torch.float64
-            )
 
     def _check_shapes(self, shapes: list[torch.Size]) -> None:
         self._shapes = self._shapes or shapes
@@ -160,28 +174,17 @@ class _Branch:
 
     def __init__(self, max_distance: int) -> None:
         self.step = 0
-        self.values: deque[list[list[Tensor]]] = deque(maxlen=max_distance)
-        self.means: deque[list[Tensor]] = deque(maxlen=2 * max_distance + 2)
+        self.values: deque[_Values] = deque(maxlen=max_distance)
+        self.mean: _Values = {}
+        self.change: _Values = {}
 
 
 def graph_with_values(traced: TracedModel) -> fx.GraphModule:
     """The model's graph with every value of every site behind its outputs, in site order."""
-    count = len(traced.sites)
-    row = (Compute(),) * count
-    variant = Variant("values", (0,), row, writes=(True,) * count, constants=())
-    [step] = rewrite(traced, Plan(traced.sites, (row,), (variant,), (0,)))
-    return step.module
-
-
-def _relative_change(before: Sequence[Tensor], now: Sequence[Tensor]) -> float:
-    """``|before - now| / |now|`` in the L1 norm over all values of a site."""
-    change = sum(
-        float((b.float() - n.float()).abs().sum()) for b, n in zip(before, now, strict=True)
-    )
-    size = sum(float(n.float().abs().sum()) for n in now)
-    return change / size if size else float(change > 0)
-
-
-def _mean(values: Sequence[Tensor]) -> Tensor:
-    """The mean over the batch of all values of a site, as one vector."""
-    return torch.cat([value.double().mean(0).flatten() for value in values])
+    module = copy_module(traced.module)
+    nodes = {node.name: node for node in module.graph.nodes}
+    [output] = module.graph.find_nodes(op="output")
+    values = [nodes[value.node] for site in traced.sites for value in site.values]
+    output.args = ((*output.args[0], *values),)
+    module.recompile()
+    return module

@@ -150,6 +150,8 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
         "uncached_flops": cost.full_flops * plan.steps,
         "speed_up_limit": cost.limit,
         "cache_bytes": list(cost.cache_bytes),
+        "unfreed_cache_bytes": list(plan.unfreed_bytes(cost.symbols)),
+        "history_depths": list(plan.history_depths()),
         "peak_cache_bytes": max(cost.cache_bytes),
         "known_bytes": list(cost.known_bytes),
         "weight_bytes": cost.weight_bytes,

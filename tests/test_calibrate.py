@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cachegraph.action import Forecast
 from cachegraph.calibrate import (
     Calibration,
     calibrate,
     load_sampler,
-    run_calibrate,
 )
 from cachegraph.calibration_plot import plot_calibration
 from cachegraph.errors import InputError
-from cachegraph.policies import make_rows
-from cachegraph.schedule import load_schedule
 from cachegraph.site_recorder import graph_with_values
 from tests.models import (
     DATA,
@@ -33,18 +28,10 @@ from tests.models import (
     relative_error,
     trajectory,
 )
-from tests.tiny import BATCH, TOKENS, WIDTH, tiny, traced
+from tests.tiny import BATCH, STEPS, TOKENS, WIDTH, drift, tiny, traced
 
-STEPS, DISTANCE = 6, 2
+DISTANCE = 2
 SITES = ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
-
-
-def drift(model_fn: Callable[..., Tensor], seed: int, *, steps: int = STEPS) -> Tensor:
-    """A trajectory whose state follows from the model's outputs, as a sampler's does."""
-    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
-    for step in range(steps):
-        x = x - 0.2 * model_fn(x, torch.full((BATCH,), 10.0 - step))
-    return x
 
 
 def fails(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -99,22 +86,18 @@ def test_errors_are_the_mean_relative_l1_changes(measured: Calibration) -> None:
 
 
 def test_cosines_are_those_of_the_mean_changes(measured: Calibration) -> None:
-    runs = []
+    wanted = np.full((4, STEPS), np.nan)
+    wanted[:, 2:] = 0
     for seed in range(3):
         with watched(tiny()) as seen, torch.no_grad():
             drift(tiny(), seed)
-        runs.append(seen)
-    for i, name in enumerate(SITES):
-        means = torch.stack([torch.stack(run[name]).double().mean(1) for run in runs])
-        for step, newest, older in ((2, 1, 0), (4, 2, 1), (5, 3, 0)):
-            change, before = (
-                (means[:, a] - means[:, b]).flatten() for a, b in ((step, newest), (newest, older))
-            )
-            wanted = float(change @ before / change.norm() / before.norm())
-            assert measured.cosine([i], step, newest, older) == pytest.approx(wanted, abs=1e-9)
-    several = measured.cosine([0, 2], 3, 2, 1)
-    single = [measured.cosine([i], 3, 2, 1) for i in (0, 2)]
-    assert several == pytest.approx(sum(single) / 2)
+        for i, name in enumerate(SITES):
+            means = torch.stack(seen[name]).double().mean(1).flatten(1)
+            for s in range(2, STEPS):
+                change, before = means[s] - means[s - 1], means[s - 1] - means[s - 2]
+                wanted[i, s] += float(change @ before / change.norm() / before.norm()) / 3
+    np.testing.assert_allclose(measured.cosines.numpy(), wanted, rtol=1e-6)
+    assert np.nanmin(wanted) < np.nanmax(wanted) - 0.1
 
 
 def test_the_model_runs_as_it_is_and_is_not_changed() -> None:
@@ -140,19 +123,18 @@ def test_the_graph_returns_every_value_in_site_order() -> None:
 
 
 def test_only_the_last_values_are_kept() -> None:
-    kept: list[tuple[int, int]] = []
+    kept: list[int] = []
 
     def sampler(recorder: Any, seed: int) -> None:
         def counted(*args: Tensor) -> Tensor:
             out = recorder(*args)
-            branch = recorder._branches[""]
-            kept.append((len(branch.values), len(branch.means)))
+            kept.append(len(recorder._branches[""].values))
             return out
 
         drift(counted, seed, steps=9)
 
     calibrate(tiny(), sampler, 9, max_distance=2, trajectories=2)
-    assert kept == 2 * [(1, 1), (2, 2), (2, 3), (2, 4), (2, 5), (2, 6), (2, 6), (2, 6), (2, 6)]
+    assert kept == 2 * [1, 2, 2, 2, 2, 2, 2, 2, 2]
 
 
 def test_branches_are_trajectories_of_their_own() -> None:
@@ -243,105 +225,17 @@ def test_sites_of_several_values_are_measured_as_one() -> None:
     assert (measured.errors[:, 0, :2] > 0.01).all()
 
 
-# --- as a command
-
-
-def test_run_writes_schedule_and_plot(tmp_path: Path) -> None:
-    out, plot = tmp_path / "s.yaml", tmp_path / "s.png"
-    told: list[tuple[str, int, int]] = []
-    schedule, measured = run_calibrate(
-        "digits",
-        out,
-        steps=4,
-        bound=0.9,
-        trajectories=1,
-        max_distance=2,
-        plot=plot,
-        progress=lambda *one: told.append(one),
-    )
-    assert load_schedule(out) == schedule
-    text = out.read_text(encoding="utf-8")
-    assert text.splitlines()[0] == (
-        "# SmoothCache by relative L1 change for digits: measured over 1 trajectory of 4 steps, "
-        "bound 0.9"
-    )
-    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert told[-1] == ("trajectory 1 of 1", 4, 4)
-    assert len(measured.sites) == 24
-    assert schedule.correction is None
-
-
-def test_run_adds_a_correction(tmp_path: Path) -> None:
-    keys = {"sampler": "tests.test_calibrate:drift", "steps": STEPS, "trajectories": 1}
-    out = tmp_path / "s.yaml"
-    schedule, measured = run_calibrate("tests.tiny:tiny", out, bound=0.4, goc_weight=0.5, **keys)
-    assert load_schedule(out) == schedule
-    assert schedule.correction is not None
-    assert schedule.correction.weight == 0.5
-    rows = make_rows(schedule, measured.sites)
-    corrected = {s for s, row in enumerate(rows) if any(isinstance(a, Forecast) for a in row)}
-    assert corrected == set(schedule.correction.steps)
-    assert corrected
-
-
-def test_run_takes_any_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine_to_calibrate.py").write_text(
-        "from tests.test_calibrate import drift\nfrom tests.tiny import tiny\n"
-        "def build(): return tiny()\n"
-    )
-    schedule, measured = run_calibrate(
-        "mine_to_calibrate:build",
-        Path("s.yaml"),
-        sampler="mine_to_calibrate:drift",
-        steps=STEPS,
-        bound=5.0,
-        trajectories=1,
-    )
-    assert schedule.steps == measured.steps == STEPS
-    assert [site.name for site in measured.sites] == list(SITES)
-
-
-def test_run_refuses_what_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "s.yaml"
-    assert fails(run_calibrate, "tests.tiny:tiny", out) == (
-        "tests.tiny:tiny: only the model digits has a sampler here; give --sampler "
-        "module:function, a function of the model and a seed that samples one trajectory"
-    )
-    assert fails(run_calibrate, "digits", tmp_path / "s.json") == (
-        f"{tmp_path}/s.json: schedules are written as YAML; expected a .yaml file"
-    )
-    assert fails(run_calibrate, "digits", tmp_path / "no/s.yaml") == (
-        f"{tmp_path}/no: there is no such folder"
-    )
-    assert fails(run_calibrate, "digits", out, plot=tmp_path / "s.jpg") == (
-        f"{tmp_path}/s.jpg: plots are written as PNG; expected a .png file"
-    )
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert fails(run_calibrate, "digits", out, plot=tmp_path / "s.png") == (
-        "a plot needs matplotlib; pip install 'cachegraph[eval]', or leave out --plot"
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_run_says_when_a_bound_is_too_low(tmp_path: Path) -> None:
-    keys = {"sampler": "tests.test_calibrate:drift", "steps": STEPS, "trajectories": 1}
-    message = fails(run_calibrate, "tests.tiny:tiny", tmp_path / "s.yaml", bound=1e-6, **keys)
-    start, _, rest = message.partition("; expected a bound of at least ")
-    assert start == "at bound 1e-06 no step can reuse anything"
-    least, _, end = rest.partition(", ")
-    assert end == "the smallest change that was measured; raise --bound or take more steps"
-    run_calibrate("tests.tiny:tiny", tmp_path / "s.yaml", bound=1.05 * float(least), **keys)
+# --- samplers and plots
 
 
 def test_samplers_are_found_by_name() -> None:
-    assert load_sampler("tests.test_calibrate:drift").__name__ == "drift"
+    assert load_sampler("tests.tiny:drift").__name__ == "drift"
     assert fails(load_sampler, "drift") == "drift: not a sampler; expected module:function"
     assert fails(load_sampler, "no_such:drift") == (
         "no_such:drift: module 'no_such' cannot be imported; found No module named 'no_such'"
     )
-    assert fails(load_sampler, "tests.test_calibrate:drif") == (
-        "tests.test_calibrate:drif: module 'tests.test_calibrate' has no function 'drif'; "
+    assert fails(load_sampler, "tests.tiny:drif") == (
+        "tests.tiny:drif: module 'tests.tiny' has no function 'drif'; "
         "expected a function of the model and a seed; did you mean 'drift'?"
     )
 

@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachegraph.action import Compute
+from cachegraph.action import Compute, Row
 from cachegraph.calibration import (
     Calibration,
     goc_steps,
     smoothcache_lists,
     smoothcache_schedule,
 )
-from cachegraph.errors import InputError
 from cachegraph.plan import make_plan
-from cachegraph.policies import make_rows
+from cachegraph.policies import make_rows, resolve
 from cachegraph.schedule import load_schedule
 from cachegraph.site import Site, SiteKind
 
@@ -35,14 +33,23 @@ def made(features: dict[str, Sequence[Sequence[float]]], max_distance: int = 3) 
     values = torch.tensor(list(features.values()), dtype=torch.float64)
     steps = values.shape[1]
     errors = torch.full((len(sites), max_distance, steps), torch.nan, dtype=torch.float64)
-    products = torch.full((len(sites), 2 * max_distance + 2, steps), torch.nan).double()
     for s in range(steps):
-        for k in range(min(products.shape[1], steps - s)):
-            products[:, k, s] = (values[:, s] * values[:, s + k]).sum(-1)
-            if 1 <= k <= max_distance:
-                change = (values[:, s] - values[:, s + k]).abs().sum(-1)
-                errors[:, k - 1, s] = change / values[:, s + k].abs().sum(-1)
-    return Calibration(sites, steps, 1, errors, products)
+        for k in range(1, min(max_distance, steps - s - 1) + 1):
+            change = (values[:, s] - values[:, s + k]).abs().sum(-1)
+            errors[:, k - 1, s] = change / values[:, s + k].abs().sum(-1)
+    cosines = torch.full((len(sites), steps), torch.nan, dtype=torch.float64)
+    changes = values.diff(dim=1)
+    cosines[:, 2:] = torch.cosine_similarity(changes[:, 1:], changes[:, :-1], dim=-1)
+    return Calibration(sites, steps, 1, errors, cosines)
+
+
+def reusing(calibration: Calibration, steps: dict[str, Sequence[int]]) -> tuple[Row, ...]:
+    """Rows that reuse the sites of a kind at its steps."""
+    table = [
+        [s not in steps.get(site.kind, ()) for site in calibration.sites]
+        for s in range(calibration.steps)
+    ]
+    return resolve(table)
 
 
 def published_scan(rows: Sequence[Sequence[float]], steps: int, threshold: float) -> list[int]:
@@ -128,43 +135,26 @@ def test_goc_is_for_values_that_keep_their_direction() -> None:
     line = [[float(s), 1.0] for s in range(10)]
     turn = [[float(min(s, 10 - s)), 1.0] for s in range(10)]  # turns round at step 5
     zigzag = [[float(s % 2), 1.0] for s in range(10)]
-    every_second = [1, 3, 5, 7, 9]
-    assert goc_steps(made({"b.attn": line}), every_second) == (3, 5, 7, 9)
-    assert goc_steps(made({"b.attn": zigzag}), range(2, 10)) == ()
-    assert goc_steps(made({"b.attn": turn}), [2, 3, 4, 6, 8]) == (2, 3, 4, 8)
-
-
-def test_goc_follows_the_newest_computed_steps() -> None:
-    """Step 3 follows f(2) - f(0), as step 1 is reused; that is down, though f(2) - f(1) is up."""
-    values = [[2.0, 1.0], [0.0, 1.0], [1.0, 1.0], [0.5, 1.0], [0.0, 1.0]]
-    assert goc_steps(made({"b.attn": values}), [1, 3]) == (3,)
-    assert goc_steps(made({"b.attn": values}), [3]) == ()
+    still = [[1.0, 1.0]] * 10
+    for values, reused, wanted in (
+        (line, [1, 3, 5, 7, 9], (3, 5, 7, 9)),
+        (zigzag, range(1, 10), ()),
+        (still, range(1, 10), ()),
+        (turn, [2, 3, 5, 6, 7, 9], (2, 3, 5, 7, 9)),
+    ):
+        measured = made({"b.attn": values})
+        assert goc_steps(measured, reusing(measured, {"attn": reused})) == wanted
 
 
 def test_goc_averages_over_the_sites_that_reuse() -> None:
     line = [[float(s), 1.0] for s in range(6)]
     zigzag = [[3.0 * (s % 2), 1.0] for s in range(6)]
     mostly = made({"a.attn": line, "b.attn": line, "c.mlp": zigzag})
-    assert goc_steps(mostly, [3]) == (3,)
-    assert goc_steps(mostly, {"attn": [3], "mlp": []}) == (3,)
-    assert goc_steps(mostly, {"mlp": [3]}) == ()
-    assert goc_steps(made({"a.attn": line, "b.mlp": zigzag, "c.mlp": zigzag}), [3]) == ()
-
-
-def test_goc_leaves_out_steps_without_a_change_before() -> None:
-    line = made({"b.attn": [[float(s), 1.0] for s in range(8)]})
-    assert goc_steps(line, [1, 2]) == ()  # steps 0 and 1 use one value
-    assert goc_steps(line, [2, 3, 4]) == (2, 3, 4)  # step 3 follows the correction of step 2
-    bend = [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [2.0, 1.0], [3.0, 1.0]]
-    assert goc_steps(made({"b.attn": bend}), [2, 3]) == ()  # at step 3 nothing has moved since 1
-
-
-def test_cosines_of_what_was_not_measured_are_refused() -> None:
-    short = made({"b.attn": [[float(s), 1.0] for s in range(8)]}, max_distance=1)
-    assert goc_steps(short, [2, 4]) == (2, 4)
-    with pytest.raises(InputError) as caught:
-        goc_steps(short, [2, 3, 5])
-    assert str(caught.value) == (
-        "the changes between steps 1, 4 and 5 were not measured; expected steps at most 3 apart; "
-        "calibrate with max_distance 2"
-    )
+    for steps, wanted in (
+        ({"attn": [3], "mlp": [3]}, (3,)),
+        ({"attn": [3]}, (3,)),
+        ({"mlp": [3]}, ()),
+    ):
+        assert goc_steps(mostly, reusing(mostly, steps)) == wanted
+    hardly = made({"a.attn": line, "b.mlp": zigzag, "c.mlp": zigzag})
+    assert goc_steps(hardly, reusing(hardly, {"attn": [3], "mlp": [3]})) == ()

@@ -102,6 +102,8 @@ sites     4
 FLOPs     6.17 M of 11.4 M uncached, batch 2
 speed-up  at most 1.84x, going by FLOPs
 cache     at most 16.0 KiB, first after step 1
+history   attn 1, mlp 1: the most values kept of a site
+liveness  saves 8.00 KiB of 16.0 KiB on average, 0 B of 16.0 KiB at the peak
 prologue  at most 7.00 KiB known before a step runs
 weights   326 KiB, shared by 4 variants
 """
@@ -164,6 +166,8 @@ def test_plan_as_json_for_another_batch() -> None:
     assert found["total_flops"] == sum(flops)
     assert f"{found['total_flops'] / 4e6:.2f} M" in SUMMARY
     assert found["uncached_flops"] == 6 * flops[0]
+    assert found["unfreed_cache_bytes"] == [found["peak_cache_bytes"]] * 6
+    assert found["history_depths"] == [1, 1, 1, 1]
     assert found["peak_cache_bytes"] == 4 * 8 * 16 * 32 * 4  # sites, batch, tokens, width, float32
 
 
@@ -367,9 +371,8 @@ def test_missing_pillow_is_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_help_page_has_examples() -> None:
-    pages = {
-        name: run(name, "--help") for name in ("compile", "plan", "inspect", "verify", "sample")
-    }
+    pages = {str(one.name): run(str(one.name), "--help") for one in cli.app.registered_commands}
+    assert len(pages) >= 7
     for name, page in pages.items():
         assert page.exit_code == 0
         assert f"\n cachegraph {name} " in page.stdout.partition("Examples")[2]

@@ -126,14 +126,8 @@ def test_colours_change_no_letter() -> None:
 
 
 def test_overview() -> None:
-    cost = PlanCost(
-        {"s0": 2},
-        (10**9, 2 * 10**8, 10**8, 10**9),
-        10**9,
-        (2048, 2048, 0, 0),
-        (3072, 512, 0, 0),
-        4096,
-    )
+    flops, kept, known = (10**9, 2 * 10**8, 10**8, 10**9), (96, 128, 32, 0), (3072, 512, 0, 0)
+    cost = PlanCost({"s0": 2}, flops, 10**9, kept, known, 4096)
     plan = plan_of(**MIXED)
     assert text(overview("tiny, mixed", plan, cost, "batch 2", 80, None)) == (
         "tiny, mixed\n"
@@ -142,7 +136,9 @@ def test_overview() -> None:
         "sites     4\n"
         "FLOPs     2.30 G of 4.00 G uncached, batch 2\n"
         "speed-up  at most 1.74x, going by FLOPs\n"
-        "cache     at most 2.00 KiB, first after step 0\n"
+        "cache     at most 128 B, first after step 1\n"
+        "history   attn 1, mlp 1: the most values kept of a site\n"
+        "liveness  saves 64 B of 128 B on average, 0 B of 128 B at the peak\n"
         "prologue  at most 3.00 KiB known before a step runs\n"
         "weights   4.00 KiB, shared by 4 variants\n"
         "\n"

@@ -221,6 +221,26 @@ def test_liveness_is_that_of_a_simulation(rows: tuple[Row, ...], batch: int) -> 
     assert kept[-1] == 0
 
 
+def test_what_liveness_saves() -> None:
+    made = planned((C, C), (C, C), (Forecast((1, 0), (2.0, -1.0)), Reuse(1)), (C, C), (Reuse(3), C))
+    a, b = 24, 96
+    # Of a, the values of steps 0 and 1 wait for step 2 and that of 3 for step 4; of b, that of 1
+    # waits for step 2. Else both would keep two values from step 1 on.
+    assert made.history_depths() == (2, 1)
+    assert made.cache_bytes({"s0": 1}) == (a, 2 * a + b, 0, a, 0)
+    assert made.unfreed_bytes({"s0": 1}) == (a + b, *[2 * (a + b)] * 4)
+    assert planned((C, C), (C, C)).unfreed_bytes({"s0": 3}) == (0, 0)
+
+
+@given(tables())
+def test_liveness_never_keeps_more(rows: tuple[Row, ...]) -> None:
+    made = planned(*rows)
+    unfreed = made.unfreed_bytes({"s0": 2})
+    pairs = zip(made.cache_bytes({"s0": 2}), unfreed, strict=True)
+    assert all(kept <= without for kept, without in pairs)
+    assert list(unfreed) == sorted(unfreed)
+
+
 @given(tables())
 def test_variants_cover_the_steps_and_differ(rows: tuple[Row, ...]) -> None:
     made = planned(*rows)

@@ -292,18 +292,18 @@ def rows_of(tmp_path: Path, steps: int, depth: int, **keys: Any) -> str:
 def test_routers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "router.pt", scores(8))
     assert rows_of(tmp_path, 20, DEPTH, file="router.pt") == (
-        "./schedule.yaml:5: router.pt is a router of 8 steps; expected 20 steps, as the schedule "
-        "has; set steps: 8, or use the router of 20 steps"
+        "./schedule.yaml:5: 'file: router.pt' is a router of 8 steps; expected 20 steps, as "
+        "the schedule has; set steps: 8, or use the router of 20 steps"
     )
     assert rows_of(tmp_path, 8, 2, file="router.pt") == (
-        "./schedule.yaml:5: router.pt is a router of 3 blocks; expected 2 attn sites, as the model "
-        "has (4 sites: blocks.0.attn (attn), blocks.0.mlp (mlp), blocks.1.attn (attn), "
+        "./schedule.yaml:5: 'file: router.pt' is a router of 3 blocks; expected 2 attn sites, as "
+        "the model has (4 sites: blocks.0.attn (attn), blocks.0.mlp (mlp), blocks.1.attn (attn), "
         "blocks.1.mlp (mlp)); use the router that was trained for this model"
     )
     (tmp_path / "mask.yaml").write_text(MASK.replace('"111"', '"110"', 1), encoding="utf-8")
     assert rows_of(tmp_path, 2, DEPTH, file="mask.yaml") == (
-        "./schedule.yaml:5: mask.yaml reuses at step 0, before anything was computed; expected a "
-        "router whose first step runs everything; check 'threshold' and 'semantics'"
+        "./schedule.yaml:5: 'file: mask.yaml' reuses at step 0, before anything was computed; "
+        "expected a router whose first step runs everything; check 'threshold' and 'semantics'"
     )
     assert rows_of(tmp_path, 2, DEPTH, file="absent.pt") == (
         "./schedule.yaml:5: no file 'absent.pt'; expected ./absent.pt or absent.pt; "

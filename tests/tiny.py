@@ -29,6 +29,7 @@ from cachegraph.plan import Plan, make_plan
 from cachegraph.trace import TracedModel, trace
 
 WIDTH, TOKENS, BATCH = 8, 4, 2
+STEPS = 6  # of a drift
 BASIC: tuple[Pass, ...] = (InsertCache(), DropDead(), Lower())
 Values = dict[tuple[str, int], Tensor]  # (site, step that made it) -> value
 
@@ -88,6 +89,18 @@ def tiny() -> Tiny:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Tiny().eval()
+
+
+def drift(model_fn: Callable[..., Tensor], seed: int, *, steps: int = STEPS) -> Tensor:
+    """A trajectory whose state follows from the model's outputs, as a sampler's does."""
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    for step in range(steps):
+        x = x - 0.2 * model_fn(x, torch.full((BATCH,), 10.0 - step))
+    return x
+
+
+def long_drift(model_fn: Callable[..., Tensor], seed: int) -> Tensor:
+    return drift(model_fn, seed, steps=8)
 
 
 @cache

@@ -23,14 +23,14 @@ def decisions(schedule: Schedule, policy: RouterPolicy, sites: Sequence[Site]) -
     place = schedule.where("policy", "file")
     if mask.steps != schedule.steps:
         raise PlanError(
-            f"{policy.file} is a router of {mask.steps} steps",
+            f"'file: {policy.file}' is a router of {mask.steps} steps",
             place=place,
             expected=f"{schedule.steps} steps, as the schedule has",
             remedy=f"set steps: {mask.steps}, or use the router of {schedule.steps} steps",
         )
     if not all((*mask.attn[0], *mask.mlp[0])):
         raise PlanError(
-            f"{policy.file} reuses at step 0, before anything was computed",
+            f"'file: {policy.file}' reuses at step 0, before anything was computed",
             place=place,
             expected="a router whose first step runs everything",
             remedy="check 'threshold' and 'semantics'",
@@ -40,7 +40,7 @@ def decisions(schedule: Schedule, policy: RouterPolicy, sites: Sequence[Site]) -
         count = sum(site.kind == kind for site in sites)
         if count != mask.depth:
             raise PlanError(
-                f"{policy.file} is a router of {mask.depth} blocks",
+                f"'file: {policy.file}' is a router of {mask.depth} blocks",
                 place=place,
                 expected=f"{count} {kind} sites, as the model has ({describe(sites)})",
                 remedy="use the router that was trained for this model",

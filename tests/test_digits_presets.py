@@ -1,0 +1,73 @@
+"""The presets calibrated on digits: what they compute, and what they gain over plain reuse."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from cachegraph import pipeline
+from cachegraph.action import Compute
+from cachegraph.compiler import build
+from cachegraph.policies import make_rows
+from cachegraph.program import make_program
+from cachegraph.runner import Runner
+from cachegraph.schedule import Schedule, load_schedule, presets
+from cachegraph.trace import TracedModel, trace
+from cachegraph.zoo import load_digits_model, sample_digits
+from tests.models import one_thread  # noqa: F401
+
+LABELS = (3, 8)
+# Steps that a site computes on average.
+COMPUTED = {
+    "digits-smoothcache": Fraction(35, 2),
+    "digits-goc": Fraction(18),
+    "digits-taylorseer": Fraction(18),
+}
+GAIN = {"digits-goc": 5.0, "digits-taylorseer": 6.0}  # dB over fora-n3
+
+
+@pytest.fixture(scope="module")
+def traced() -> TracedModel:
+    model = load_digits_model()
+    return trace(model, *model.example_inputs(2 * len(LABELS)), dynamic_batch=False)
+
+
+def test_every_preset_of_digits_is_listed_here() -> None:
+    assert {name for name in presets() if name.startswith("digits")} == set(COMPUTED)
+
+
+@pytest.mark.parametrize(("name", "computed"), [*COMPUTED.items(), ("fora-n3", Fraction(18))])
+def test_presets_compute_as_much_as_fora(
+    traced: TracedModel, name: str, computed: Fraction
+) -> None:
+    rows = make_rows(load_schedule(name), traced.sites)
+    runs = sum(isinstance(action, Compute) for row in rows for action in row)
+    assert Fraction(runs, len(traced.sites)) == computed
+
+
+def sampled(schedule: Schedule, traced: TracedModel) -> Tensor:
+    """Two images of the same noise, through the graphs of the schedule."""
+    with mock.patch.object(pipeline, "verify"):  # takes most of the time
+        built = build(load_digits_model(), schedule, traced=traced)
+    program = make_program(traced, built.schedule, built.plan, built.graphs, built.cost)
+    run = Runner(program, [graph.module for graph in built.graphs], built.weights)
+    return sample_digits(run, LABELS, seed=7)
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Mean over images in dB; the peak of [-1, 1] is 2."""
+    errors = (images - reference).square().mean((1, 2, 3))
+    return (10 * torch.log10(4 / errors)).mean().item()
+
+
+def test_forecasts_and_corrections_are_closer_than_reuse(traced: TracedModel) -> None:
+    uncached = sample_digits(load_digits_model(), LABELS, seed=7)
+    reuse = psnr(sampled(load_schedule("fora-n3"), traced), uncached)
+    assert reuse > 30
+    for name, gain in GAIN.items():
+        found = psnr(sampled(load_schedule(name), traced), uncached)
+        assert found > reuse + gain, f"{name}: {found:.1f} dB, fora-n3: {reuse:.1f} dB"
