@@ -11,10 +11,8 @@ from torch import Tensor
 
 from cachegraph import pipeline
 from cachegraph.action import Compute
-from cachegraph.compiler import build
+from cachegraph.compiler import assemble, build
 from cachegraph.policies import make_rows
-from cachegraph.program import make_program
-from cachegraph.runner import Runner
 from cachegraph.schedule import Schedule, load_schedule, presets
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import load_digits_model, sample_digits
@@ -53,9 +51,7 @@ def sampled(schedule: Schedule, traced: TracedModel) -> Tensor:
     """Two images of the same noise, through the graphs of the schedule."""
     with mock.patch.object(pipeline, "verify"):  # takes most of the time
         built = build(load_digits_model(), schedule, traced=traced)
-    program = make_program(traced, built.schedule, built.plan, built.graphs, built.cost)
-    run = Runner(program, [graph.module for graph in built.graphs], built.weights)
-    return sample_digits(run, LABELS, seed=7)
+    return sample_digits(assemble(built, "eager").runner(), LABELS, seed=7)
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:

@@ -13,10 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph.backends import get_backend
-from cachegraph.compiler import build
-from cachegraph.known import Prologues, named_prologues
-from cachegraph.program import make_program
+from cachegraph.compiler import assemble, build
 from cachegraph.runner import Runner
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
@@ -59,14 +56,7 @@ class Case:
             self.built = build(model, schedule, traced=traced)
 
     def runner(self, backend: str) -> Runner:
-        built = self.built
-        program = make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost)
-        pairs = zip(built.graphs, program.variants, strict=True)
-        chosen = get_backend(backend)
-        functions = [chosen.load(g.module, v.inputs) for g, v in pairs]
-        prologues = named_prologues(built.graphs)
-        before = Prologues.of(program, prologues, batched=not chosen.exact)
-        return Runner(program, functions, built.weights, prologues=before)
+        return assemble(self.built, backend).runner()
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.recording["x"][step], self.recording["t"][step], self.recording["y"]
