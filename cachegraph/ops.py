@@ -238,14 +238,15 @@ def random_score(age: Tensor, step: Tensor, seed: int) -> Tensor:
 def _with_bonus(score: Tensor, bonus: float, cell: int, grid: Sequence[int]) -> Tensor:
     """Raise the best token of each cell of the grid by a share of its score."""
     rows, columns = grid[0] // cell, grid[1] // cell
-    sites = score.shape[0]
-    cells = score.reshape(sites, -1, rows, cell, columns, cell).permute(0, 1, 2, 4, 3, 5)
-    flat = cells.reshape(sites, -1, rows, columns, cell * cell)
+    # No size is left to be worked out: torch.compile does not take the division that this traces to.
+    front = score.shape[:2]
+    cells = score.reshape(*front, rows, cell, columns, cell).permute(0, 1, 2, 4, 3, 5)
+    flat = cells.reshape(*front, rows, columns, cell * cell)
     inside = torch.arange(cell * cell, device=score.device)
     best = flat.argmax(dim=-1, keepdim=True) == inside
     raised = flat + torch.where(best, flat * bonus, torch.zeros_like(flat))
-    back = raised.reshape(sites, -1, rows, columns, cell, cell).permute(0, 1, 2, 4, 3, 5)
-    return back.reshape(sites, -1, rows * cell * columns * cell)
+    back = raised.reshape(*front, rows, columns, cell, cell).permute(0, 1, 2, 4, 3, 5)
+    return back.reshape(*front, rows * cell * columns * cell)
 
 
 def _over_width(picked: Tensor, like: Tensor) -> Tensor:

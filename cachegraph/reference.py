@@ -75,6 +75,7 @@ class ReferenceRunner:
         if position.step == 0:
             self.reset()
             if plan.selection is not None:
+                plan.selection.check_call(inputs[0].shape[0])
                 self._choice = TokenChoice(plan, plan.selection)
         row = plan.rows[position.step]
         made: dict[str, list[Tensor]] = {}
