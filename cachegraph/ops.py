@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_PRIME = 1_000_003
+
 
 def read(slot: Tensor) -> Tensor:
     """What is kept in a slot, such as ``(B, N, C)``."""
@@ -228,11 +230,15 @@ def norm_score(stream: Tensor) -> Tensor:
 def random_score(age: Tensor, step: Tensor, seed: int) -> Tensor:
     """Scores like ``age``, ``(B, N)``: noise in [0, 1) from token, step and seed alone.
 
-    The usual sine hash: no random state is involved, and both halves of a batch choose alike.
+    No random state is involved, and both halves of a batch choose alike. Squares modulo a prime, in
+    whole numbers, come out the same on every machine.
     """
-    token = torch.arange(1, age.shape[-1] + 1, device=age.device, dtype=torch.float32)
-    wave = torch.sin(token * 12.9898 + (step + seed) * 78.233) * 43758.5453
-    return torch.zeros_like(age) + (wave - torch.floor(wave))
+    token = torch.arange(1, age.shape[-1] + 1, device=age.device)
+    mixed = token * 7919 + (step + seed) * 104729
+    for _ in range(3):
+        rest = torch.remainder(mixed, _PRIME)
+        mixed = rest * rest + 31 * rest + token
+    return torch.zeros_like(age) + torch.remainder(mixed, _PRIME).to(age.dtype) / _PRIME
 
 
 def _with_bonus(score: Tensor, bonus: float, cell: int, grid: Sequence[int]) -> Tensor:

@@ -91,7 +91,7 @@ class ReferenceRunner:
                 if kept is not None and makes_value(action):
                     made[site.name] = kept
                 if isinstance(action, Compute) and self._choice is not None:
-                    self._note_computed(stack, site)
+                    self._note_computed(stack, site, position.step)
             result = self.model(*args, **kwargs)
         self._values.update({(name, position.step): v for name, v in made.items()})
         for freed in plan.freed_after[position.step]:
@@ -120,12 +120,12 @@ class ReferenceRunner:
 
         stack.callback(module.register_forward_hook(hook).remove)
 
-    def _note_computed(self, stack: ExitStack, site: Site) -> None:
+    def _note_computed(self, stack: ExitStack, site: Site, step: int) -> None:
         module, choice = self._value_module(site, -1), self._choice
 
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
             if choice is not None:
-                choice.computed(site)
+                choice.computed(site, step)
 
         stack.callback(module.register_forward_hook(hook).remove)
 

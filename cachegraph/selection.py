@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from .errors import SessionError
 
+
 class Score(StrEnum):
     """What a token's score is made of; the highest are recomputed."""
 
