@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ def show_plan(
         int | None,
         typer.Option(min=1, help="For FLOPs and bytes; default: that of the example inputs."),
     ] = None,
+    counter: Annotated[
+        Literal["torch", "toca"],
+        typer.Option(help="Whose FLOPs: torch's counter, or the rule of ToCa's code for DiT."),
+    ] = "torch",
     as_json: Annotated[
         bool, typer.Option("--json", help="Write all numbers as JSON instead.")
     ] = False,
@@ -46,12 +50,51 @@ def show_plan(
     from .picture import overview
     from .view import plan_data
 
+    if counter == "toca":
+        _show_toca(model, schedule, arch, inputs, input_size, batch, as_json)
+        return
     view, name = _build(model, schedule, arch, inputs, input_size, batch)
     if as_json:
         typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
         return
     heading = f"{name}, {Path(schedule).stem}"
     show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+
+
+def _show_toca(
+    model: str,
+    schedule: str,
+    arch: str | None,
+    inputs: list[str] | None,
+    input_size: int | None,
+    batch: int | None,
+    as_json: bool,
+) -> None:
+    """FLOPs as the published code counts them; no graph is rewritten for that."""
+    from .compiler import example_inputs
+    from .counters import count_toca
+    from .policies import plan_of
+    from .schedule import load_schedule
+    from .sources import open_model
+    from .trace import trace
+
+    asked = load_schedule(schedule)
+    full = load_schedule({"cachegraph": 1, "steps": 1, "policy": {"method": "full"}})
+    with progress() as say:
+        say("tracing the model")
+        source = open_model(
+            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
+        )
+        traced = trace(source.model, *example_inputs(source.model, source.args, source.kwargs))
+        flops = count_toca(plan_of(asked, traced), traced, batch)
+        uncached = len(flops) * count_toca(plan_of(full, traced), traced, batch)[0]
+    total = sum(flops)
+    if as_json:
+        data = {"counter": "toca", "flops": flops, "total_flops": total, "uncached_flops": uncached}
+        typer.echo(json.dumps(data, indent=1))
+        return
+    show(f"{source.name}, {Path(schedule).stem}: FLOPs as the published code of ToCa counts them")
+    show(f"{total / 1e12:.12f} T of {uncached / 1e12:.12f} T uncached, {uncached / total:.2f}x")
 
 
 def inspect(

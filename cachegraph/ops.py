@@ -244,7 +244,7 @@ def random_score(age: Tensor, step: Tensor, seed: int) -> Tensor:
 def _with_bonus(score: Tensor, bonus: float, cell: int, grid: Sequence[int]) -> Tensor:
     """Raise the best token of each cell of the grid by a share of its score."""
     rows, columns = grid[0] // cell, grid[1] // cell
-    # No size is left to be worked out: torch.compile does not take the division that this traces to.
+    # No size is left to be worked out: torch.compile does not take the division that it traces to.
     front = score.shape[:2]
     cells = score.reshape(*front, rows, cell, columns, cell).permute(0, 1, 2, 4, 3, 5)
     flat = cells.reshape(*front, rows, columns, cell * cell)

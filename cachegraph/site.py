@@ -114,7 +114,7 @@ def select_sites(
 
 
 def block_of(site: Site) -> str:
-    """The block that a site is part of: ``blocks.3`` of ``blocks.3.attn`` or ``blocks.3:attn@1``."""
+    """The block of a site: ``blocks.3`` of ``blocks.3.attn`` or ``blocks.3:attn@1``."""
     name = site.name.partition("@")[0]
     block, colon, _ = name.partition(":")
     return block if colon else name.rpartition(".")[0]

@@ -18,8 +18,10 @@ import cachegraph as cg
 from cachegraph import pipeline
 from cachegraph.backends import get_backend
 from cachegraph.compiler import build
+from cachegraph.policies import plan_of
 from cachegraph.program import make_program
 from cachegraph.runner import Runner
+from cachegraph.schedule import load_schedule
 from cachegraph.trace import TracedModel, trace
 from tests.models import (
     dit_steps,
@@ -107,7 +109,11 @@ def models(shared: Path) -> Models:
     return model_of
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Rewriting 28 blocks of three sites, each with a token count of its own, takes half a minute.
+PARAMS = [pytest.param(n, marks=[pytest.mark.slow] * ("pixart" in n)) for n in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def case(request: pytest.FixtureRequest, models: Models, shared: Path) -> Case:
     return Case(request.param, *models(request.param), shared)
 
@@ -120,6 +126,17 @@ def test_reference_runner(case: Case) -> None:
     built = case.built
     reference = cg.ReferenceRunner.of_plan(case.model, built.traced, built.plan, built.schedule)
     assert max(case.errors(reference)) <= LIMIT
+
+
+def test_reference_runner_of_pixart(models: Models, shared: Path) -> None:
+    """The same without compiled graphs, which takes a few seconds only."""
+    model, traced = models("pixart_toca_n3_r30")
+    schedule = load_schedule({"cachegraph": 1, "steps": 20, "policy": PIXART})
+    plan = plan_of(schedule, traced)
+    run = cg.ReferenceRunner.of_plan(model, traced, plan, schedule)
+    recording = load_file(shared / "golden/pixart_toca_n3_r30.safetensors")
+    for x, t, wanted in zip(recording["x"], recording["t"], recording["out"], strict=True):
+        assert relative_error(run(x, t, recording["y"]), wanted) <= LIMIT
 
 
 @pytest.mark.slow
