@@ -104,6 +104,10 @@ def inspect(
     diff: DiffOption = None,
     dot: DotOption = None,
     sites: SitesOption = False,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw which tokens digits recomputes at each step."),
+    ] = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
@@ -113,8 +117,11 @@ def inspect(
     from .text import dot as graph_dot
     from .view import sites_table
 
-    if sum((bool(diff), sites, bool(variant or dot))) > 1:
-        raise InputError("--variant with --dot, --diff and --sites exclude each other")
+    if sum((bool(diff), sites, bool(variant or dot), bool(tokens))) > 1:
+        raise InputError("--variant with --dot, --diff, --sites and --tokens exclude each other")
+    if tokens is not None:
+        _draw_tokens(what, schedule, tokens)
+        return
     if is_artifact(what):
         if schedule or arch or inputs or input_size:
             raise InputError("an artifact takes no option for models", place=what)
@@ -137,6 +144,23 @@ def inspect(
         typer.echo(view.texts[view.variant(variant)], nl=False)
     else:
         _show_overview(view, heading)
+
+
+def _draw_tokens(what: str, schedule: str | None, path: Path) -> None:
+    """Sample a digit, and draw the tokens that were recomputed over it."""
+    if what != "digits" or schedule is None:
+        raise InputError(
+            "--tokens needs a sampler, which only digits has here",
+            place=what,
+            expected="cachegraph inspect digits --schedule ... --tokens FILE.png",
+        )
+    from .token_map import write_token_map
+    from .zoo import load_model
+
+    with progress() as say:
+        say("sampling")
+        write_token_map(load_model(what), schedule, path)
+    show(f"{path}: a panel a step; orange: recomputed tokens, green frame: everything is computed")
 
 
 def _show_overview(view: View, heading: str) -> None:

@@ -62,6 +62,11 @@ class ReferenceRunner:
         self._choice: TokenChoice | None = None
         self._position = Position()
 
+    @property
+    def picked(self) -> dict[str, Tensor]:
+        """Tokens ``(B, k)`` that were last recomputed at each site, best first."""
+        return self._choice.picked if self._choice is not None else {}
+
     @torch.no_grad()
     def __call__(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
         """Call the model for one step; arguments as the model takes them.

@@ -35,6 +35,7 @@ class TokenChoice:
         self.scores: dict[tuple[str, int], Tensor] = {}
         self.ages: dict[str, Tensor] = {}  # site -> partial steps since each token was recomputed
         self._counted: dict[str, int] = {}  # site -> partial steps that its ages account for
+        self.picked: dict[str, Tensor] = {}  # site -> tokens (B, k) that were last recomputed
         self.streams: dict[str, Tensor] = {}
         self.captured: dict[str, tuple[Tensor, ...]] = {}
 
@@ -91,6 +92,7 @@ class TokenChoice:
             result[sample, best[sample]] = all_fresh[sample, best[sample]]
             age[sample, best[sample]] = 0
         self.ages[site.name] = age
+        self.picked[site.name] = best
         self._counted[site.name] = action.age + 1
         if site.kind is self._scoring_kind:
             self._update_scores(site, action.source, step, best)

@@ -21,8 +21,8 @@ from cachegraph.selection import Score, Selection
 from cachegraph.text import graph_text
 from cachegraph.trace import TracedModel, trace
 from tests.models import fill_random
-from tests.tiny import check_golden, tiny, traced
 from tests.tiny import call as tiny_call
+from tests.tiny import check_golden, tiny, traced
 
 C = Compute()
 ROWS = ((C, C, C, C), (Reuse(0), Refresh(0, 2, 0, 0), C, C))
@@ -174,7 +174,7 @@ def test_a_region_that_mixes_tokens_is_refused(kind: str, why: str) -> None:
 
 
 def test_self_attention_is_refused() -> None:
-    with pytest.raises(SiteError, match="scaled_dot_product_attention.*attends to the tokens"):
+    with pytest.raises(SiteError, match=r"scaled_dot_product_attention.*attends to the tokens"):
         refreshed("plain", 0)
 
 
