@@ -26,6 +26,7 @@ from .errors import ScheduleError, nearest
 from .schedule_calibration import CalibrationData
 from .schedule_policies import FullPolicy, GOCCorrection, Policy, Section, TaylorSeerPolicy
 from .schedule_problems import Problem, describe, one_of, refuse, to_schedule_error
+from .schedule_tokens import TokenPolicy
 from .yaml_lines import Source, read_yaml, write_yaml
 
 FORMAT = 1  # the newest file format that can be read
@@ -120,7 +121,7 @@ class Schedule(Section):
         if self.correction is None:
             return
         yield from (_under("correction", p) for p in self.correction.problems(self.steps))
-        if isinstance(self.policy, FullPolicy | TaylorSeerPolicy):
+        if isinstance(self.policy, FullPolicy | TaylorSeerPolicy | TokenPolicy):
             yield Problem(
                 ("correction",),
                 f"a correction of the {self.policy.method} policy",

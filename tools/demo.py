@@ -25,7 +25,7 @@ from torch import Tensor
 import cachegraph as cg
 from cachegraph.zoo import load_digits_model, sample_digits
 
-SCHEDULES = ("fora-n2", "fora-n3", "fora-n5")
+SCHEDULES = ("fora-n2", "fora-n3", "fora-n5", "toca-n3", "duca-n3")
 CLASSES = list(range(10))
 
 
