@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -39,6 +39,10 @@ def show_plan(
         int | None,
         typer.Option(min=1, help="For FLOPs and bytes; default: that of the example inputs."),
     ] = None,
+    counter: Annotated[
+        Literal["torch", "toca"],
+        typer.Option(help="Whose FLOPs: torch's counter, or the rule of ToCa's code for DiT."),
+    ] = "torch",
     as_json: Annotated[
         bool, typer.Option("--json", help="Write all numbers as JSON instead.")
     ] = False,
@@ -48,12 +52,51 @@ def show_plan(
     from .picture import overview
     from .view import plan_data
 
+    if counter == "toca":
+        _show_toca(model, schedule, arch, inputs, input_size, batch, as_json)
+        return
     view, name = _build(model, schedule, arch, inputs, input_size, batch, disable)
     if as_json:
         typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
         return
     heading = f"{name}, {Path(schedule).stem}"
     show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+
+
+def _show_toca(
+    model: str,
+    schedule: str,
+    arch: str | None,
+    inputs: list[str] | None,
+    input_size: int | None,
+    batch: int | None,
+    as_json: bool,
+) -> None:
+    """FLOPs as the published code counts them; no graph is rewritten for that."""
+    from .compiler import example_inputs
+    from .counters import count_toca
+    from .policies import plan_of
+    from .schedule import load_schedule
+    from .sources import open_model
+    from .trace import trace
+
+    asked = load_schedule(schedule)
+    full = load_schedule({"cachegraph": 1, "steps": 1, "policy": {"method": "full"}})
+    with progress() as say:
+        say("tracing the model")
+        source = open_model(
+            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
+        )
+        traced = trace(source.model, *example_inputs(source.model, source.args, source.kwargs))
+        flops = count_toca(plan_of(asked, traced), traced, batch)
+        uncached = len(flops) * count_toca(plan_of(full, traced), traced, batch)[0]
+    total = sum(flops)
+    if as_json:
+        data = {"counter": "toca", "flops": flops, "total_flops": total, "uncached_flops": uncached}
+        typer.echo(json.dumps(data, indent=1))
+        return
+    show(f"{source.name}, {Path(schedule).stem}: FLOPs as the published code of ToCa counts them")
+    show(f"{total / 1e12:.12f} T of {uncached / 1e12:.12f} T uncached, {uncached / total:.2f}x")
 
 
 def inspect(
@@ -63,6 +106,10 @@ def inspect(
     diff: DiffOption = None,
     dot: DotOption = None,
     sites: SitesOption = False,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw which tokens digits recomputes at each step."),
+    ] = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
@@ -73,8 +120,11 @@ def inspect(
     from .text import dot as graph_dot
     from .view import sites_table
 
-    if sum((bool(diff), sites, bool(variant or dot))) > 1:
-        raise InputError("--variant with --dot, --diff and --sites exclude each other")
+    if sum((bool(diff), sites, bool(variant or dot), bool(tokens))) > 1:
+        raise InputError("--variant with --dot, --diff, --sites and --tokens exclude each other")
+    if tokens is not None:
+        _draw_tokens(what, schedule, tokens)
+        return
     if is_artifact(what):
         if schedule or arch or inputs or input_size or disable:
             raise InputError("an artifact takes no option for models", place=what)
@@ -97,6 +147,23 @@ def inspect(
         typer.echo(view.texts[view.variant(variant)], nl=False)
     else:
         _show_overview(view, heading)
+
+
+def _draw_tokens(what: str, schedule: str | None, path: Path) -> None:
+    """Sample a digit, and draw the tokens that were recomputed over it."""
+    if what != "digits" or schedule is None:
+        raise InputError(
+            "--tokens needs a sampler, which only digits has here",
+            place=what,
+            expected="cachegraph inspect digits --schedule ... --tokens FILE.png",
+        )
+    from .token_map import write_token_map
+    from .zoo import load_model
+
+    with progress() as say:
+        say("sampling")
+        write_token_map(load_model(what), schedule, path)
+    show(f"{path}: a panel a step; orange: recomputed tokens, green frame: everything is computed")
 
 
 def _show_overview(view: View, heading: str) -> None:

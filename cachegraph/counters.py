@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from .action import Action, Compute, Refresh, Row
 from .errors import PlanError
+from .plan import Plan
 from .policies.toca import blocks_of
 from .site import Site, SiteKind, describe
+from .trace import TracedModel
 
 
 def toca_flops(
@@ -46,6 +48,24 @@ def toca_flops(
         )
         for row in rows
     )
+
+
+def count_toca(plan: Plan, traced: TracedModel, batch: int | None) -> tuple[int, ...]:
+    """:func:`toca_flops` of a plan.
+
+    Args:
+        plan: what every step does.
+        traced: the model, for its number of heads.
+        batch: both halves of guidance counted; None for that of the example inputs.
+
+    Raises:
+        PlanError: the model is not made like DiT.
+    """
+    cores = [name for site in plan.sites for name in site.cores]
+    query = next((n for n in traced.module.graph.nodes if n.name in cores), None)
+    heads = query.args[0].meta["val"].shape[1] if query is not None else 0
+    size = traced.signature.inputs[0][1].sizes(traced.symbols)[0]
+    return toca_flops(plan.rows, plan.sites, batch=batch or size, heads=int(heads))
 
 
 class _Block:

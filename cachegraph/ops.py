@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_PRIME = 1_000_003
+
 
 def read(slot: Tensor) -> Tensor:
     """What is kept in a slot, such as ``(B, N, C)``."""
@@ -228,24 +230,29 @@ def norm_score(stream: Tensor) -> Tensor:
 def random_score(age: Tensor, step: Tensor, seed: int) -> Tensor:
     """Scores like ``age``, ``(B, N)``: noise in [0, 1) from token, step and seed alone.
 
-    The usual sine hash: no random state is involved, and both halves of a batch choose alike.
+    No random state is involved, and both halves of a batch choose alike. Squares modulo a prime, in
+    whole numbers, come out the same on every machine.
     """
-    token = torch.arange(1, age.shape[-1] + 1, device=age.device, dtype=torch.float32)
-    wave = torch.sin(token * 12.9898 + (step + seed) * 78.233) * 43758.5453
-    return torch.zeros_like(age) + (wave - torch.floor(wave))
+    token = torch.arange(1, age.shape[-1] + 1, device=age.device)
+    mixed = token * 7919 + (step + seed) * 104729
+    for _ in range(3):
+        rest = torch.remainder(mixed, _PRIME)
+        mixed = rest * rest + 31 * rest + token
+    return torch.zeros_like(age) + torch.remainder(mixed, _PRIME).to(age.dtype) / _PRIME
 
 
 def _with_bonus(score: Tensor, bonus: float, cell: int, grid: Sequence[int]) -> Tensor:
     """Raise the best token of each cell of the grid by a share of its score."""
     rows, columns = grid[0] // cell, grid[1] // cell
-    sites = score.shape[0]
-    cells = score.reshape(sites, -1, rows, cell, columns, cell).permute(0, 1, 2, 4, 3, 5)
-    flat = cells.reshape(sites, -1, rows, columns, cell * cell)
+    # No size is left to be worked out: torch.compile does not take the division that it traces to.
+    front = score.shape[:2]
+    cells = score.reshape(*front, rows, cell, columns, cell).permute(0, 1, 2, 4, 3, 5)
+    flat = cells.reshape(*front, rows, columns, cell * cell)
     inside = torch.arange(cell * cell, device=score.device)
     best = flat.argmax(dim=-1, keepdim=True) == inside
     raised = flat + torch.where(best, flat * bonus, torch.zeros_like(flat))
-    back = raised.reshape(sites, -1, rows, columns, cell, cell).permute(0, 1, 2, 4, 3, 5)
-    return back.reshape(sites, -1, rows * cell * columns * cell)
+    back = raised.reshape(*front, rows, columns, cell, cell).permute(0, 1, 2, 4, 3, 5)
+    return back.reshape(*front, rows * cell * columns * cell)
 
 
 def _over_width(picked: Tensor, like: Tensor) -> Tensor:

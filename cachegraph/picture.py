@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import assert_never
@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .action import Action, Compute, Forecast, Refresh, Reuse
+from .action import Action, Compute, Forecast, Refresh, Reuse, Row
 from .cost import PlanCost
 from .plan import Plan
 from .site import Site
@@ -26,6 +26,12 @@ _STYLES = {
     "T": "black on magenta",
 }
 _MIXED = "black on cyan"
+_TOKEN_ROWS = 7  # of a kind of site
+_TOKEN_STYLES = {
+    ".": "bright_black",
+    **{str(tenth): f"black on rgb({60 + 21 * tenth},{40 + 15 * tenth},140)" for tenth in range(10)},
+    "C": "black on green",
+}
 _WORDS = {"C": "compute", "R": "reuse", "F": "forecast", "T": "refresh tokens"}
 _MOST_BANDS = 12  # pieces that the steps of one picture are cut into
 _MARK = 10  # steps from one number above the picture to the next
@@ -91,23 +97,35 @@ def picture(plan: Plan, width: int, most: int | None = None) -> Text:
         most: rows that there is room for.
     """
     rows = picture_rows(plan, most)
+    return draw(rows, width, _STYLES).append_text(_legend(rows))
+
+
+def draw(rows: Sequence[PictureRow], width: int, styles: Mapping[str, str]) -> Text:
+    """Rows below each other, cut into pieces of so many columns.
+
+    Args:
+        rows: at least one.
+        width: columns of the terminal.
+        styles: of cells; all others are of mixed rows.
+    """
+    steps = len(rows[0].cells)
     labels = max(len(row.label) for row in rows)
     counts = max(len(str(row.count)) for row in rows)
     margin = labels + counts + 4
     columns = max((width - margin) // _MARK, 1) * _MARK
     drawn = Text(no_wrap=True, overflow="ignore")
-    for start in range(0, min(plan.steps, columns * _MOST_BANDS), columns):
-        stop = min(start + columns, plan.steps)
+    for start in range(0, min(steps, columns * _MOST_BANDS), columns):
+        stop = min(start + columns, steps)
         drawn.append(" " * margin + _scale(start, stop) + "\n", "bold")
         for row in rows:
             drawn.append(f"{row.label:<{labels}}  {row.count:>{counts}}  ")
             for cell, run in groupby(row.cells[start:stop]):
-                drawn.append("".join(run), _STYLES.get(cell, _MIXED))
+                drawn.append("".join(run), styles.get(cell, _MIXED))
             drawn.append("\n")
         drawn.append("\n")
-    if plan.steps > columns * _MOST_BANDS:
-        drawn.append(f"... and {plan.steps - columns * _MOST_BANDS} further steps\n\n")
-    return drawn.append_text(_legend(rows))
+    if steps > columns * _MOST_BANDS:
+        drawn.append(f"... and {steps - columns * _MOST_BANDS} further steps\n\n")
+    return drawn
 
 
 def variants_table(plan: Plan, cost: PlanCost) -> Table:
@@ -178,7 +196,55 @@ def overview(
 ) -> RenderableType:
     """Summary, picture and variants, with empty lines between them."""
     costs = summary(heading, plan, cost, batch)
-    return Group(costs, "", picture(plan, width, most), "", variants_table(plan, cost))
+    tokens = token_picture(plan, width)
+    pictures = (picture(plan, width, most), *(("", tokens) if tokens is not None else ()))
+    return Group(costs, "", *pictures, "", variants_table(plan, cost))
+
+
+def token_picture(plan: Plan, width: int) -> Text | None:
+    """The share of its tokens that each site recomputes, step by step; None where none chooses.
+
+    Neighbouring sites of a kind share a row, which shows their mean.
+
+    Args:
+        plan: what every step does.
+        width: columns of the terminal.
+    """
+    kinds: dict[str, list[int]] = {}
+    for i, site in enumerate(plan.sites):
+        if any(isinstance(row[i], Refresh) for row in plan.rows):
+            kinds.setdefault(site.kind, []).append(i)
+    if not kinds:
+        return None
+    rows = []
+    for sites in kinds.values():
+        size = -(-len(sites) // _TOKEN_ROWS)
+        for start in range(0, len(sites), size):
+            group = sites[start : start + size]
+            cells = "".join(_tenths(plan, group, row) for row in plan.rows)
+            label = _common_name([plan.sites[i].name for i in group])
+            rows.append(PictureRow(label, len(group), cells))
+    drawn = draw(rows, width, _TOKEN_STYLES)
+    drawn.append(".", _TOKEN_STYLES["."]).append(" no token   ")
+    drawn.append("0-9", _TOKEN_STYLES["5"]).append(" tenths of the tokens are recomputed   ")
+    return drawn.append("C", _TOKEN_STYLES["C"]).append(" all")
+
+
+def _tenths(plan: Plan, group: Sequence[int], row: Row) -> str:
+    shares = [_share(row[i], plan.sites[i]) for i in group]
+    mean = sum(shares) / len(shares)
+    return "C" if mean == 1 else "." if mean == 0 else str(int(mean * 10))
+
+
+def _share(action: Action, site: Site) -> float:
+    """Of the tokens of a site, those that are recomputed."""
+    match action:
+        case Compute():
+            return 1.0
+        case Refresh(tokens=tokens):
+            count = site.values[0].spec.shape[1]
+            return tokens / count if isinstance(count, int) else 0.0
+    return 0.0
 
 
 def plain_table(*headings: str, right: tuple[str, ...] = ()) -> Table:

@@ -62,6 +62,11 @@ class ReferenceRunner:
         self._choice: TokenChoice | None = None
         self._position = Position()
 
+    @property
+    def picked(self) -> dict[str, Tensor]:
+        """Tokens ``(B, k)`` that were last recomputed at each site, best first."""
+        return self._choice.picked if self._choice is not None else {}
+
     @torch.no_grad()
     def __call__(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
         """Call the model for one step; arguments as the model takes them.
@@ -75,6 +80,7 @@ class ReferenceRunner:
         if position.step == 0:
             self.reset()
             if plan.selection is not None:
+                plan.selection.check_call(inputs[0].shape[0])
                 self._choice = TokenChoice(plan, plan.selection)
         row = plan.rows[position.step]
         made: dict[str, list[Tensor]] = {}
@@ -90,7 +96,7 @@ class ReferenceRunner:
                 if kept is not None and makes_value(action):
                     made[site.name] = kept
                 if isinstance(action, Compute) and self._choice is not None:
-                    self._note_computed(stack, site)
+                    self._note_computed(stack, site, position.step)
             result = self.model(*args, **kwargs)
         self._values.update({(name, position.step): v for name, v in made.items()})
         for freed in plan.freed_after[position.step]:
@@ -119,12 +125,12 @@ class ReferenceRunner:
 
         stack.callback(module.register_forward_hook(hook).remove)
 
-    def _note_computed(self, stack: ExitStack, site: Site) -> None:
+    def _note_computed(self, stack: ExitStack, site: Site, step: int) -> None:
         module, choice = self._value_module(site, -1), self._choice
 
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
             if choice is not None:
-                choice.computed(site)
+                choice.computed(site, step)
 
         stack.callback(module.register_forward_hook(hook).remove)
 

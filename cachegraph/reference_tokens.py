@@ -18,7 +18,7 @@ from .action import Refresh, Reuse, Row
 from .errors import SiteError
 from .plan import Plan
 from .selection import Score, Selection
-from .site import Site
+from .site import Site, SiteKind
 from .variant import scorer
 
 
@@ -31,9 +31,11 @@ class TokenChoice:
 
     def __init__(self, plan: Plan, selection: Selection) -> None:
         self.plan, self.selection = plan, selection
-        self.scores: dict[str, Tensor] = {}  # attention site -> scores (B, N) of its tokens
+        # (attention site, step that ran it) -> scores (B, N) of its tokens
+        self.scores: dict[tuple[str, int], Tensor] = {}
         self.ages: dict[str, Tensor] = {}  # site -> partial steps since each token was recomputed
         self._counted: dict[str, int] = {}  # site -> partial steps that its ages account for
+        self.picked: dict[str, Tensor] = {}  # site -> tokens (B, k) that were last recomputed
         self.streams: dict[str, Tensor] = {}
         self.captured: dict[str, tuple[Tensor, ...]] = {}
 
@@ -52,11 +54,20 @@ class TokenChoice:
                     stack.callback(reader.register_forward_pre_hook(self._stream(site)).remove)
             yield
 
-    def computed(self, site: Site) -> None:
-        """All tokens of a site were recomputed."""
+    def computed(self, site: Site, step: int) -> None:
+        """All tokens of a site were recomputed in a step."""
         self.ages.pop(site.name, None)
-        if site.cores:
-            self._update_scores(site, None)
+        if site.kind is self._scoring_kind:
+            self.scores[site.name, step] = self._new_scores(site)
+
+    @property
+    def _scoring_kind(self) -> SiteKind | None:
+        match self.selection.score:
+            case Score.ATTENTION | Score.KV_NORM:
+                return SiteKind.ATTN
+            case Score.CROSS_ATTENTION:
+                return SiteKind.CROSS_ATTN
+        return None
 
     def refreshed(
         self, site: Site, action: Refresh, step: int, kept: Tensor, all_fresh: Tensor
@@ -72,7 +83,7 @@ class TokenChoice:
         """
         batch, tokens = kept.shape[:2]
         age = self._age(site, action, batch, tokens, kept.device)
-        score = self._score(site, step, kept, age) + self.selection.age_weight * age
+        score = self._score(site, action, step, kept, age) + self.selection.age_weight * age
         score = self._with_bonus(score)
         best = torch.argsort(score, dim=-1, descending=True, stable=True)[:, : action.tokens]
         result = kept.clone()
@@ -81,9 +92,10 @@ class TokenChoice:
             result[sample, best[sample]] = all_fresh[sample, best[sample]]
             age[sample, best[sample]] = 0
         self.ages[site.name] = age
+        self.picked[site.name] = best
         self._counted[site.name] = action.age + 1
-        if site.cores:
-            self._update_scores(site, best)
+        if site.kind is self._scoring_kind:
+            self._update_scores(site, action.source, step, best)
         return result
 
     def _age(
@@ -94,7 +106,7 @@ class TokenChoice:
             return torch.full((batch, tokens), float(action.age), device=device)
         return self.ages[site.name] + (action.age - self._counted[site.name])
 
-    def _score(self, site: Site, step: int, kept: Tensor, age: Tensor) -> Tensor:
+    def _score(self, site: Site, action: Refresh, step: int, kept: Tensor, age: Tensor) -> Tensor:
         match self.selection.score:
             case Score.SIMILARITY:
                 stream = self.streams[site.name]
@@ -105,24 +117,28 @@ class TokenChoice:
                 return F.normalize(self.streams[site.name].norm(dim=-1), dim=-1)
             case Score.RANDOM:
                 seed = self.selection.seed + 1000 * self.plan.sites.index(site)
-                token = torch.arange(1, age.shape[-1] + 1, dtype=torch.float32)
-                return (
-                    (token * 12.9898 + (step + seed) * 78.233).sin() * 43758.5453 % 1
-                ).expand_as(age)
+                noise = [_noise(token, step + seed) for token in range(1, age.shape[-1] + 1)]
+                return torch.tensor(noise, device=age.device).expand_as(age)
         owner = scorer(self.plan.sites, self.plan.sites.index(site), self.selection)
         if owner is None:
             raise SiteError(f"no attention scores the tokens of {site.name}")
-        score = self.scores[self.plan.sites[owner].name]
+        name = self.plan.sites[owner].name
         if self.selection.score is Score.CROSS_ATTENTION:
+            score = self.scores[name, max(made for one, made in self.scores if one == name)]
             half = score.shape[0] // 2
             both = 1 + (score[:half] + score[half:])
             return F.normalize(both, dim=-1).repeat(2, 1)
-        return F.normalize(score, dim=-1)
+        return F.normalize(self.scores[name, action.scored], dim=-1)
 
-    def _update_scores(self, site: Site, picked: Tensor | None) -> None:
-        """From the attention that has just run; only the rows of picked tokens where some were."""
-        if site.name not in self.captured:
-            return
+    def _update_scores(self, site: Site, source: int, step: int, picked: Tensor) -> None:
+        """The rows of picked tokens get the scores of the attention that has just run."""
+        score, old = self._new_scores(site), self.scores[site.name, source].clone()
+        for sample in range(len(old)):
+            old[sample, picked[sample]] = score[sample, picked[sample]]
+        self.scores[site.name, step] = old
+
+    def _new_scores(self, site: Site) -> Tensor:
+        """From the attention that has just run."""
         query, key, value, mask, scale = self.captured[site.name]
         products = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
         if mask is not None:
@@ -134,17 +150,10 @@ class TokenChoice:
         probabilities = products.float().softmax(-1).mean(1)  # (B, N, M)
         match self.selection.score:
             case Score.ATTENTION:
-                score = probabilities.sum(1)
+                return probabilities.sum(1)
             case Score.KV_NORM:
-                score = (1 - value.float().norm(dim=-1)).sum(1)
-            case _:
-                score = -(0.5 * probabilities * (0.5 * probabilities + 1e-7).log()).sum(-1)
-        if picked is not None and site.name in self.scores:
-            old = self.scores[site.name].clone()
-            for sample in range(len(old)):
-                old[sample, picked[sample]] = score[sample, picked[sample]]
-            score = old
-        self.scores[site.name] = score
+                return (1 - value.float().norm(dim=-1)).sum(1)
+        return -(0.5 * probabilities * (0.5 * probabilities + 1e-7).log()).sum(-1)
 
     def _with_bonus(self, score: Tensor) -> Tensor:
         chosen = self.selection
@@ -167,6 +176,14 @@ class TokenChoice:
             self.streams[site.name] = args[0]
 
         return keep
+
+
+def _noise(token: int, seed: int) -> float:
+    mixed = 7919 * token + 104729 * seed
+    for _ in range(3):
+        mixed %= 1_000_003
+        mixed = mixed**2 + 31 * mixed + token
+    return mixed % 1_000_003 / 1_000_003
 
 
 class _Recorder(TorchFunctionMode):

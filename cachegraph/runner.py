@@ -76,7 +76,7 @@ class Session:
         position = runner.tracking.locate(branch.position, inputs, step)
         shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
         if position.step == 0:
-            runner.check_inputs(inputs)
+            runner.check_inputs(inputs, self._branch_name)
             branch.values.clear()
             branch.known.begin(inputs)
             branch.shapes, branch.position = shapes, Position()
@@ -240,12 +240,19 @@ class Runner(nn.Module):
             del values[key]
         return outputs[:count]
 
-    def check_inputs(self, inputs: Sequence[Tensor]) -> None:
+    def check_inputs(self, inputs: Sequence[Tensor], branch: str = "") -> None:
         """Refuse tensors that the traced graph was not made for.
 
+        Args:
+            inputs: the model's, in graph order.
+            branch: that the call belongs to.
+
         Raises:
-            SessionError: another dtype, rank, size or device.
+            SessionError: another dtype, rank, size or device, or half of guidance alone where
+                tokens are chosen by both halves.
         """
+        if self.program.selection is not None:
+            self.program.selection.check_call(inputs[0].shape[0], branch)
         sizes: dict[str, int] = {}
         for (name, spec), tensor in zip(self.program.signature.inputs, inputs, strict=True):
             for dim, size in zip(spec.shape, tensor.shape, strict=False):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from .errors import SessionError
+
 
 class Score(StrEnum):
     """What a token's score is made of; the highest are recomputed."""
@@ -44,3 +46,22 @@ class Selection:
     def foreseen(self) -> bool:
         """True where the choice depends on the last computed step alone."""
         return self.score in (Score.ATTENTION, Score.KV_NORM)
+
+    def check_call(self, batch: int, branch: str = "") -> None:
+        """Refuse a call whose samples cannot choose together, where the score wants them to.
+
+        Args:
+            batch: of the call.
+            branch: name of the branch that the call belongs to, where there are several.
+
+        Raises:
+            SessionError: half of the call is missing.
+        """
+        if self.score is not Score.CROSS_ATTENTION or (batch % 2 == 0 and not branch):
+            return
+        raise SessionError(
+            f"the score {self.score} wants both halves of guidance in one call",
+            expected="a batch of an even number of samples, a half each for cond and uncond",
+            found=f"a call for {branch!r} alone" if branch else f"a batch of {batch}",
+            remedy="call the model once a step with a doubled batch, or choose another score",
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,17 +89,5 @@ def _evaluate(node: fx.Node) -> Any:
     inputs = node.graph.find_nodes(op="placeholder")
     modes = (getattr(n.meta.get("val"), "fake_mode", None) for n in inputs)
     mode = next((m for m in modes if m is not None), None)
-    with without_data(mode) if mode is not None else nullcontext(), torch.no_grad():
+    with mode or nullcontext(), torch.no_grad():
         return target(*args, **kwargs)
-
-
-@contextmanager
-def without_data(mode: Any) -> Iterator[None]:
-    """Compute shapes only, without torch's own cache: filling it takes longer than computing."""
-    before = mode.cache_enabled
-    mode.cache_enabled = False
-    try:
-        with mode:
-            yield
-    finally:
-        mode.cache_enabled = before

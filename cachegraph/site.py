@@ -113,6 +113,13 @@ def select_sites(
     return chosen
 
 
+def block_of(site: Site) -> str:
+    """The block of a site: ``blocks.3`` of ``blocks.3.attn`` or ``blocks.3:attn@1``."""
+    name = site.name.partition("@")[0]
+    block, colon, _ = name.partition(":")
+    return block if colon else name.rpartition(".")[0]
+
+
 def describe(sites: Sequence[Site]) -> str:
     """One line about what there is: ``56 sites: blocks.0.attn (attn), ... blocks.27.mlp (mlp)``."""
     if not sites:

@@ -50,7 +50,8 @@ class ConstantKind(StrEnum):
     """What the numbers of a step constant are."""
 
     COEFFICIENTS = "coefficients"  # (m,) float32: weights of a forecast
-    TOKENS = "tokens"  # (k,) int64, 0 .. k-1: its length says how many tokens are recomputed
+    TOKENS = "tokens"  # (k,) int64, 0 .. k-1: its length says how many tokens are recomputed;
+    # a single one is (0, 0), for torch makes constants of sizes of 1
     AGE = "age"  # (1,) int64: how many partial steps came before this one
     STEP = "step"  # (1,) int64: number of the step, for random scores
     COUNTS = "counts"  # (L, J) int64: tokens of L sites in the J partial steps that follow

@@ -18,7 +18,7 @@ from .program import Program
 from .reference import ReferenceRunner
 from .runner import Runner
 from .signature import Tree
-from .site import Site, describe
+from .site import Site, SiteKind, describe
 from .trace import trace
 from .tracking import TIMESTEP_NAMES
 
@@ -88,13 +88,15 @@ def reference_of(artifact: Artifact, model: nn.Module, seed: int) -> ReferenceRu
             expected=program.signature.describe(),
             found=error.found,
         ) from error
-    if _names(traced.sites) != _names(program.sites):
+    skipped = any(site.kind == SiteKind.STACK for site in program.sites)
+    sites = (*traced.sites, traced.stack) if skipped and traced.stack else traced.sites
+    if _names(sites) != _names(program.sites):
         raise ModelError(
             "the artifact was compiled from another model",
             expected=describe(program.sites),
-            found=describe(traced.sites),
+            found=describe(sites),
         )
-    plan = make_plan(traced.sites, program.rows)
+    plan = make_plan(sites, program.rows, selection=program.selection)
     return ReferenceRunner.of_plan(model, traced, plan, artifact.schedule)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .action import Action, Forecast, Refresh, Reuse, Row, sources
 from .selection import Score, Selection
-from .site import Site, SiteKind
+from .site import Site, SiteKind, block_of
 from .slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Numbers, StepConstant
 from .spec import TensorSpec
 
@@ -75,15 +75,8 @@ def scorer(sites: Sequence[Site], index: int, selection: Selection) -> int | Non
         return None
     crossed = selection.score is Score.CROSS_ATTENTION
     kind = SiteKind.CROSS_ATTN if crossed else SiteKind.ATTN
-    block = sites[index].name.rpartition(".")[0]
-    return next(
-        (
-            i
-            for i, site in enumerate(sites)
-            if site.kind is kind and site.name.rpartition(".")[0] == block
-        ),
-        None,
-    )
+    block = block_of(sites[index])
+    return next((i for i, s in enumerate(sites) if s.kind is kind and block_of(s) == block), None)
 
 
 def order_depth(rows: Sequence[Row]) -> int:
@@ -144,6 +137,9 @@ def _refresh_constants(
 ) -> tuple[StepConstant, ...]:
     """How many tokens, as ``0 .. k-1``, and ages.
 
+    A single token is named twice: torch makes a constant of the size 1, so a graph for any number
+    of tokens starts at 2. It is computed twice then, to the same values.
+
     An age is the row of a foreseen order; else how many partial steps without tokens have passed
     since the ages were kept.
     """
@@ -153,13 +149,17 @@ def _refresh_constants(
         actions = [a for step in steps if isinstance(a := rows[step][i], Refresh)]
         if not actions:
             continue
-        tokens.setdefault(tuple(tuple(range(a.tokens)) for a in actions), []).append(site.name)
+        tokens.setdefault(tuple(_places(a.tokens) for a in actions), []).append(site.name)
         age = [a.age if foreseen else a.age - _age_after(rows[a.source][i]) for a in actions]
         ages.setdefault(tuple((a,) for a in age), []).append(site.name)
     return (
         *_shared_constants("tokens", ConstantKind.TOKENS, steps, tokens),
         *_shared_constants("age", ConstantKind.AGE, steps, ages),
     )
+
+
+def _places(tokens: int) -> tuple[int, ...]:
+    return tuple(range(tokens)) if tokens > 1 else (0, 0)
 
 
 def _step_constant(

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachegraph import ops
 from cachegraph.graph import ORIGIN, Origin, Stage, StepGraph
-from cachegraph.shapes import Body, without_data
+from cachegraph.shapes import Body
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _traced(node: fx.Node) -> Body:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), by_node.__getitem__)
         return function(*args, **kwargs)
 
-    with without_data(values[0].fake_mode), torch.no_grad():
+    with values[0].fake_mode, torch.no_grad():
         body = make_fx(call, tracing_mode="real")(*values)
     body.graph.eliminate_dead_code()
     return body.graph, body.graph.find_nodes(op="placeholder")

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 import cachegraph as cg
 from cachegraph import compiler
 from cachegraph.trace import TracedModel, trace
-from cachegraph.zoo import DiT
+from cachegraph.zoo import DiT, PixArt
 
 DATA = Path(__file__).parent / "data"
 Inputs = dict[str, Any]
@@ -97,6 +97,14 @@ def tiny_dit(seed: int = 0, **sizes: Any) -> DiT:
     }
     model = DiT(**defaults | sizes)
     fill_random(model, seed)
+    return model
+
+
+def tiny_pixart() -> PixArt:
+    """A PixArt of 2 blocks, 16 tokens and width 32, with captions of width 16."""
+    sizes = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    model = PixArt(caption_channels=16, model_max_length=5, **sizes)
+    fill_random(model)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from cachegraph.action import Action, Compute, Forecast, Reuse
+from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse
 from cachegraph.cost import PlanCost
 from cachegraph.picture import (
     PictureRow,
@@ -20,10 +20,13 @@ from cachegraph.picture import (
     ranges,
     size,
     steps_text,
+    token_picture,
 )
 from cachegraph.plan import Plan, make_plan
+from cachegraph.selection import Score, Selection
 from cachegraph.site import Site, SiteKind, SiteValue
 from cachegraph.spec import TensorSpec
+from tests.fake_sites import make_sites
 
 ACTIONS: dict[str, Action] = {"C": Compute(), "R": Reuse(0), "F": Forecast((0,), (1.0,))}
 
@@ -179,3 +182,33 @@ def test_steps_as_text() -> None:
     assert steps_text([0, 2, 4, 6, 8, 10, 12]) == "0 2 4 6 8 10 12"
     assert steps_text(range(0, 16, 2)) == "0 2 4 6 8 ... 14"
     assert steps_text(range(1000, 9999, 7)) == "1000 ... 9995"
+
+
+def test_tokens_are_drawn_as_tenths_of_each_site() -> None:
+    sites = make_sites(depth=4, tokens=20, channels=8)
+    row = [Compute(), Refresh(0, 3, 0, 0), Reuse(0), Refresh(0, 1, 0, 0)] * 2
+    later = [Reuse(0), Refresh(1, 19, 0, 1), Reuse(0), Reuse(1)] * 2
+    selection = Selection(Score.NORM, 0.1, 0.0, 1, (4, 5))
+    rows = (tuple([Compute()] * 8), tuple(row), tuple(later))
+    plan = make_plan(sites, rows, selection=selection)
+    drawn = token_picture(plan, 80)
+    assert drawn is not None
+    lines = drawn.plain.splitlines()
+    assert lines[1:5] == [
+        "blocks.0.mlp  1  C19",
+        "blocks.1.mlp  1  C0.",
+        "blocks.2.mlp  1  C19",
+        "blocks.3.mlp  1  C0.",
+    ]
+    assert lines[-1] == ". no token   0-9 tenths of the tokens are recomputed   C all"
+    many = make_sites(("mlp",), depth=16, tokens=20, channels=8)
+    made = make_plan(many, ((Compute(),) * 16, (Refresh(0, 5, 0, 0),) * 16), selection=selection)
+    folded = token_picture(made, 80)
+    assert folded is not None
+    assert folded.plain.splitlines()[1] == "blocks.0-2.mlp    3  C2"
+    assert len([line for line in folded.plain.splitlines() if "mlp" in line]) == 6
+
+
+def test_without_choices_there_is_no_picture_of_tokens() -> None:
+    sites = make_sites(depth=1)
+    assert token_picture(make_plan(sites, ((Compute(),) * 2,)), 80) is None

@@ -34,6 +34,8 @@ SCHEDULES = (
     "digits-goc",
     "digits-taylorseer",
     "fora-n5",
+    "toca-n3",
+    "duca-n3",
 )
 CLASSES = list(range(10))
 

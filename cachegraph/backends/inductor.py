@@ -24,7 +24,8 @@ class Inductor:
     def load(self, module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> StepFunction:
         """A function that compiles at its first call and never again for another batch.
 
-        A batch of one is compiled apart: torch treats sizes of one as constants.
+        A batch of one is compiled apart: torch treats sizes of one as constants. All other symbolic
+        sizes, such as numbers of tokens, vary there too.
         """
         dynamic = [
             (i, dim)
@@ -34,20 +35,19 @@ class Inductor:
         ]
         one = torch.compile(module, fullgraph=True, dynamic=False)
         many = torch.compile(module, fullgraph=True, dynamic=None)
-        marked = False
+        marked = set[bool]()  # whether a batch of one, or of many, has been compiled
 
         def call(*given: Tensor) -> Sequence[Tensor]:
-            nonlocal marked
             # torch compiles anew for a view that begins elsewhere in its storage.
             tensors = [t.clone() if t.storage_offset() else t for t in given]
-            if any(tensors[i].shape[dim] == 1 for i, dim in dynamic):
-                return one(*tensors)
-            if not marked:
+            vary = [(i, dim) for i, dim in dynamic if tensors[i].shape[dim] != 1]
+            single = len(vary) < len(dynamic)
+            if single not in marked:
                 # Marks stay on a tensor, and these are the sampler's: mark aliases of them.
                 tensors = [t.detach() for t in tensors]
-                for i, dim in dynamic:
+                for i, dim in vary:
                     torch._dynamo.mark_dynamic(tensors[i], dim)
-                marked = True
-            return many(*tensors)
+                marked.add(single)
+            return (one if single else many)(*tensors)
 
         return call

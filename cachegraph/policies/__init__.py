@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from cachegraph.action import Compute, Reuse, Row
+from cachegraph.errors import PlanError, SessionError
 from cachegraph.plan import Plan, make_plan
 from cachegraph.schedule import Schedule
 from cachegraph.schedule_policies import (
@@ -64,10 +65,22 @@ def plan_of(schedule: Schedule, traced: TracedModel) -> Plan:
     sites = traced.sites
     if isinstance(schedule.policy, DucaPolicy) and traced.stack is not None:
         sites = (*sites, traced.stack)
+    selection = make_selection(schedule, sites)
+    if selection is not None and traced.batch is None:
+        try:
+            selection.check_call(traced.signature.inputs[0][1].sizes(traced.symbols)[0])
+        except SessionError as error:
+            raise PlanError(
+                error.what,
+                place=schedule.where("policy", "score"),
+                expected=error.expected,
+                found=f"{error.found}, and no other ({traced.fixed_batch_reason})",
+                remedy=error.remedy,
+            ) from error
     return make_plan(
         sites,
         make_rows(schedule, sites),
-        selection=make_selection(schedule, sites),
+        selection=selection,
         max_variants=schedule.max_variants,
         place=schedule.where("max_variants"),
     )

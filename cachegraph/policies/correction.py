@@ -6,14 +6,13 @@ steps used, computed, reused or corrected alike; a corrected value is kept in it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse, Row
 from cachegraph.errors import PlanError
 from cachegraph.schedule import Schedule
 from cachegraph.schedule_policies import GOCCorrection
-from cachegraph.site import Site, SiteKind
+from cachegraph.site import Site, SiteKind, block_of
 
 _Partners = dict[int, tuple[int, ...]]  # site -> the other attn and mlp sites of its block
 
@@ -80,6 +79,5 @@ def _partners(sites: Sequence[Site]) -> _Partners:
     blocks: dict[str, list[int]] = {}
     for i, site in enumerate(sites):
         if site.kind in (SiteKind.ATTN, SiteKind.MLP):
-            block = re.sub(r"[.:]?[^.:]+$", "", site.name)  # blocks.3.attn and blocks.3:attn
-            blocks.setdefault(block, []).append(i)
+            blocks.setdefault(block_of(site), []).append(i)
     return {i: tuple(j for j in members if j != i) for members in blocks.values() for i in members}

@@ -20,7 +20,7 @@ from cachegraph.errors import PlanError
 from cachegraph.schedule import Schedule
 from cachegraph.schedule_tokens import DucaPolicy, TokenPolicy
 from cachegraph.selection import Score, Selection
-from cachegraph.site import Site, SiteKind, describe
+from cachegraph.site import Site, SiteKind, block_of, describe
 
 from . import ratios
 
@@ -277,15 +277,8 @@ def blocks_of(sites: Sequence[Site]) -> list[list[Site]]:
     blocks: dict[str, list[Site]] = {}
     for site in sites:
         if site.kind != SiteKind.STACK:
-            blocks.setdefault(_parent(site), []).append(site)
+            blocks.setdefault(block_of(site), []).append(site)
     return list(blocks.values())
-
-
-def _parent(site: Site) -> str:
-    """``blocks.3`` of ``blocks.3.attn``, ``blocks.3:attn`` or ``blocks.3.mlp@1``."""
-    name = site.name.partition("@")[0]
-    block, colon, _ = name.partition(":")
-    return block if colon else name.rpartition(".")[0]
 
 
 def _check_stack(schedule: Schedule, sites: Sequence[Site], chosen: Collection[str]) -> None:
