@@ -11,77 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .bench_contestants import Contestant, Entry, Progress, make_contestants
+from .bench_contestants import Contestant, Progress, make_contestants
+from .bench_result import Entry, Measured, Spread, StepKind
 from .trace import trace
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles, in seconds."""
-
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        """Of at least one sample."""
-        low, median, high = np.quantile(np.asarray(samples), [0.25, 0.5, 0.75])
-        return cls(float(low), float(median), float(high))
-
-
-@dataclass(frozen=True)
-class StepKind:
-    """What was measured of the steps of one variant.
-
-    Attributes:
-        variant: its name.
-        calls: how many steps run it.
-        flops: predicted, mean of its steps.
-        seconds: of a call, mean of its steps.
-        choice: share of that which is spent on choosing tokens, gathering and scattering them; None
-            where no tokens are chosen or it was not asked for.
-    """
-
-    variant: str
-    calls: int
-    flops: float
-    seconds: Spread
-    choice: float | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of one entry.
-
-    Attributes:
-        name: of the schedule.
-        backend: or ``model`` (the eager model itself), ``hooks`` (published style).
-        trajectory: seconds of all steps, composed of the kinds of steps, and of the prologue.
-        prologue: seconds of what is computed once a trajectory, for all steps.
-        whole: seconds of whole trajectories, where these were run.
-        steps: median seconds of each step.
-        kinds: by variant.
-        limit: speed-up over uncached if time were FLOPs.
-        first_calls: seconds of the first, untimed round, compiling included.
-    """
-
-    name: str
-    backend: str
-    trajectory: Spread
-    prologue: Spread
-    whole: Spread | None
-    steps: tuple[float, ...]
-    kinds: tuple[StepKind, ...]
-    limit: float
-    first_calls: float
 
 
 def run_bench(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backends import get_backend
 from .bench_choice import without_choice
+from .bench_result import Entry
 from .compiler import Build, assemble, build
 from .cost import PlanCost
 from .known import StepFunction
@@ -24,30 +25,7 @@ from .trace import TracedModel
 from .trial import calls, times
 
 Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
-UNCACHED = "uncached"
 _POINTS = 3  # steps of a variant that are timed, where they differ in tokens
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One way of running the model.
-
-    Attributes:
-        name: of the schedule, or UNCACHED.
-        schedule: what is cached; None for nothing.
-        backend: that runs the graphs; ``eager`` without a schedule is the model itself.
-        hooks: run by :class:`ReferenceRunner`, as published codes do, instead of a backend.
-    """
-
-    name: str
-    schedule: Schedule | None
-    backend: str
-    hooks: bool = False
-
-    @property
-    def is_model(self) -> bool:
-        """True for the eager model itself."""
-        return self.schedule is None and self.backend == "eager" and not self.hooks
 
 
 class Contestant(Protocol):

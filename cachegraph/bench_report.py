@@ -15,8 +15,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from .bench import Measured, Spread
-from .bench_contestants import UNCACHED
+from .bench_result import UNCACHED, Measured, Spread
 from .calibration_plot import check_plot_path, figure_class
 from .errors import InputError
 from .picture import amount, plain_table

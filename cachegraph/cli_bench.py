@@ -13,54 +13,67 @@ from .cli_output import progress, show
 from .errors import InputError
 
 if TYPE_CHECKING:
-    from .bench_contestants import Entry
+    from .bench_result import Entry
     from .sources import Source
 
 
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A model as for compile, or an architecture such as DiT-XL/2 (random weights).",
+    ),
+]
+_Schedules = Annotated[
+    list[str],
+    typer.Option(
+        *("--schedule", "-s"),
+        metavar="SCHEDULE",
+        show_default=False,
+        help="A YAML file or preset; once for each.",
+    ),
+]
+_Backends = Annotated[
+    list[str], typer.Option("--backend", help="What runs the graphs; once for each.")
+]
+_Rounds = Annotated[int, typer.Option(min=1, help="How often everybody takes a turn.")]
+_Batch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Both halves of guidance counted; default: of the examples."),
+]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU.")]
+_Hooks = Annotated[
+    bool,
+    typer.Option("--hooks", help="Also run each schedule by Python hooks, as published codes."),
+]
+_Choice = Annotated[
+    bool,
+    typer.Option("--choice", help="Also time partial steps without their choice of tokens."),
+]
+_Whole = Annotated[
+    bool, typer.Option("--whole", help="Also time whole trajectories, not only kinds of steps.")
+]
+_Out = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all numbers.")
+]
+_Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw time of a step against step.")
+]
+
+
 def bench(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="A model as for compile, or an architecture such as DiT-XL/2 (random weights).",
-        ),
-    ],
-    schedules: Annotated[
-        list[str],
-        typer.Option(
-            *("--schedule", "-s"),
-            metavar="SCHEDULE",
-            show_default=False,
-            help="A YAML file or preset; once for each.",
-        ),
-    ],
-    backends: Annotated[
-        list[str], typer.Option("--backend", help="What runs the graphs; once for each.")
-    ] = ["inductor"],  # noqa: B006 - typer copies it
-    rounds: Annotated[int, typer.Option(min=1, help="How often everybody takes a turn.")] = 5,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Both halves of guidance counted; default: of the examples."),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.")] = None,
-    hooks: Annotated[
-        bool,
-        typer.Option("--hooks", help="Also run each schedule by Python hooks, as published codes."),
-    ] = False,
-    choice: Annotated[
-        bool,
-        typer.Option("--choice", help="Also time partial steps without their choice of tokens."),
-    ] = False,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="Also time whole trajectories, not only kinds of steps.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all numbers.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw time of a step against step.")
-    ] = None,
+    model: _Model,
+    schedules: _Schedules,
+    backends: _Backends = ["inductor"],  # noqa: B006 - typer copies it
+    rounds: _Rounds = 5,
+    batch: _Batch = None,
+    threads: _Threads = None,
+    hooks: _Hooks = False,
+    choice: _Choice = False,
+    whole: _Whole = False,
+    out: _Out = None,
+    plot: _Plot = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
@@ -103,7 +116,7 @@ def bench(
 
 def _entries(schedules: list[str], backends: list[str], hooks: bool) -> list[Entry]:
     """What is compared: the uncached model, eager and by each backend, then every schedule."""
-    from .bench_contestants import UNCACHED, Entry
+    from .bench_result import UNCACHED, Entry
     from .schedule import load_schedule
 
     asked = {Path(text).stem: load_schedule(text) for text in schedules}

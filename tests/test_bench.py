@@ -35,7 +35,7 @@ def toca() -> Build:
 
 
 def test_steps_are_timed_where_tokens_are_few_middling_and_many(toca: Build) -> None:
-    points = bench._points(toca.plan, toca.cost.flops)
+    points = _points(toca.plan, toca.cost.flops)
     for variant in toca.plan.variants:
         flops = {toca.cost.flops[step] for step in variant.steps}
         timed = {toca.cost.flops[step] for step in points if step in variant.steps}
@@ -83,7 +83,7 @@ class Clock:
         result = run(*args)
         if not args:
             return 1.0, result
-        full = isinstance(run.__self__, bench._Uncached)
+        full = run.__self__.entry.is_model
         flops = self.full if full else self.flops[args[0]]
         return flops / (4 if run.__name__ == "bare" else 1), result
 

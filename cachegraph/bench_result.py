@@ -1,0 +1,96 @@
+"""What is compared by a benchmark, and what was measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .schedule import Schedule
+
+UNCACHED = "uncached"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way of running the model.
+
+    Attributes:
+        name: of the schedule, or UNCACHED.
+        schedule: what is cached; None for nothing.
+        backend: that runs the graphs; ``eager`` without a schedule is the model itself.
+        hooks: run by :class:`ReferenceRunner`, as published codes do, instead of a backend.
+    """
+
+    name: str
+    schedule: Schedule | None
+    backend: str
+    hooks: bool = False
+
+    @property
+    def is_model(self) -> bool:
+        """True for the eager model itself."""
+        return self.schedule is None and self.backend == "eager" and not self.hooks
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles, in seconds."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Of at least one sample."""
+        low, median, high = np.quantile(np.asarray(samples), [0.25, 0.5, 0.75])
+        return cls(float(low), float(median), float(high))
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What was measured of the steps of one variant.
+
+    Attributes:
+        variant: its name.
+        calls: how many steps run it.
+        flops: predicted, mean of its steps.
+        seconds: of a call, mean of its steps.
+        choice: share of that which is spent on choosing tokens, gathering and scattering them; None
+            where no tokens are chosen or it was not asked for.
+    """
+
+    variant: str
+    calls: int
+    flops: float
+    seconds: Spread
+    choice: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one entry.
+
+    Attributes:
+        name: of the schedule.
+        backend: or ``model`` (the eager model itself), ``hooks`` (published style).
+        trajectory: seconds of all steps, composed of the kinds of steps, and of the prologue.
+        prologue: seconds of what is computed once a trajectory, for all steps.
+        whole: seconds of whole trajectories, where these were run.
+        steps: median seconds of each step.
+        kinds: by variant.
+        limit: speed-up over uncached if time were FLOPs.
+        first_calls: seconds of the first, untimed round, compiling included.
+    """
+
+    name: str
+    backend: str
+    trajectory: Spread
+    prologue: Spread
+    whole: Spread | None
+    steps: tuple[float, ...]
+    kinds: tuple[StepKind, ...]
+    limit: float
+    first_calls: float
