@@ -77,14 +77,14 @@ def binding_times(graph: fx.Graph, given: Mapping[str, Binding]) -> dict[fx.Node
 
     Args:
         graph: of one step.
-        given: input -> when it is known; inputs that are not named are dynamic. Sizes are known
-            always: every input has them.
+        given: input -> when it is known; inputs that are not named are dynamic. The sizes of named
+            inputs are known always: every call has them.
     """
     times: dict[fx.Node, Binding] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             times[node] = given.get(node.name, Binding.DYNAMIC)
-        elif is_size(node):
+        elif is_size(node) and all(n.name in given for n in node.all_input_nodes):
             times[node] = Binding.CONSTANT
         elif node.op == "output" or _is_random(node):
             times[node] = Binding.DYNAMIC

@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachegraph import ops
-from cachegraph.graph import ORIGIN, Origin, Stage, StepGraph
+from cachegraph.graph import CONSTANT, ORIGIN, Origin, Stage, StepGraph
 from cachegraph.shapes import Body
 
 
@@ -52,6 +52,10 @@ class Lower:
             node.replace_all_uses_with(result, propagate_meta=False)
             step.graph.erase_node(node)
             lowered += 1
+        for node in step.inputs:
+            # An operation need not use all that it is given: ages, where one choice follows.
+            if CONSTANT in node.meta and not node.users:
+                step.graph.erase_node(node)
         step.stage = Stage.LOWERED
         return lowered
 
@@ -69,7 +73,9 @@ def _traced(node: fx.Node) -> Body:
         return function(*args, **kwargs)
 
     with values[0].fake_mode, torch.no_grad():
-        body = make_fx(call, tracing_mode="real")(*values)
+        # torch's own functions may write into what they have just made.
+        pure = torch.func.functionalize(call, remove="mutations")
+        body = make_fx(pure, tracing_mode="real")(*values)
     body.graph.eliminate_dead_code()
     return body.graph, body.graph.find_nodes(op="placeholder")
 

@@ -12,9 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from cachegraph import bench, cli
-from cachegraph.bench import Spread, run_bench
+from cachegraph.bench import run_bench
 from cachegraph.bench_choice import without_choice
-from cachegraph.bench_contestants import UNCACHED, Entry
+from cachegraph.bench_contestants import _points
+from cachegraph.bench_result import UNCACHED, Entry, Spread
 from cachegraph.compiler import Build, build
 from tests.models import dit_steps, fora, one_thread, tiny_dit  # noqa: F401
 

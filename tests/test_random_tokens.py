@@ -240,7 +240,7 @@ def test_compiled_graphs_agree_with_the_reference(
         assert min(seen[batch] for batch in (1, 2, 8)) > 25
         assert min(seen[True], seen[False]) > 40
         assert seen["refresh"] > 500
-        assert min(seen["aged"], seen["one token"]) > 100
+        assert min(seen["aged"], seen["one token"]) > 40
 
 
 # --- both halves of guidance
