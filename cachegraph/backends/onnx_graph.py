@@ -13,11 +13,13 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.tensor_adapters
 import onnxscript.optimizer
+import onnxscript.version_converter
 import torch
+from onnx_ir.passes import common
 from onnxscript import opset20 as op
 from torch import Tensor, fx
 from torch.export import Dim
-from torch.onnx._internal.exporter import _decomp, _registration
+from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
 
 from cachegraph.errors import BackendError
 from cachegraph.named import NamedGraph
@@ -32,13 +34,11 @@ _LOGGER = "torch.onnx._internal.exporter._registration"
 
 def untranslatable(graph: fx.Graph) -> list[str]:
     """Operations that cannot be said in ONNX; changes nothing."""
-    known, found = _known_operations(), {}
-    for node in graph.nodes:
+    found: dict[str, str] = {}
+    for node in _operations(graph):
         target: Any = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-            continue
-        if target not in known and not target._can_decompose():
-            found[f"no ONNX translation of {target}"] = node.name
+        if target not in _translated() | _decomposed() and not target._can_decompose():
+            found.setdefault(f"no ONNX translation of {target}", node.name)
     return [f"{why} (node {name})" for why, name in found.items()]
 
 
@@ -74,7 +74,7 @@ def _finish(
     for value in used:
         del model.graph.initializers[names[value]]
         model.graph.inputs.append(value)
-    onnxscript.optimizer.optimize(model)
+    _simplify(model)
     _check_interface(name, model, graph, len(used))
     _name_sizes(model, graph)
     for node in model.graph:
@@ -99,6 +99,23 @@ def _finish(
     return ir.to_proto(model)
 
 
+def _simplify(model: ir.Model) -> None:
+    """Without onnxscript's rewrite rules, whose time grows with the square of the graph."""
+    onnxscript.version_converter.convert_version(model, OPSET)
+    onnxscript.optimizer.inline(model)
+    onnxscript.optimizer.fold_constants(model)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
 def _export(graph: NamedGraph) -> torch.export.ExportedProgram:
     sizes = graph.example_sizes()
     specs = graph.inputs.values()
@@ -110,19 +127,24 @@ def _export(graph: NamedGraph) -> torch.export.ExportedProgram:
 
 
 def _translate(program: torch.export.ExportedProgram, graph: NamedGraph) -> ir.Model:
-    made = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=list(graph.inputs),
-        output_names=list(graph.outputs),
-        opset_version=OPSET,
-        custom_translation_table=_TRANSLATIONS,
-        optimize=False,
-        verbose=False,
-    )
-    if made is None:
-        raise TypeError("torch.onnx.export returned nothing")
-    return made.model
+    """What ``torch.onnx.export`` does, but decomposing only where an operation needs it.
+
+    Decomposing traces the graph anew, which takes many times longer than all the rest, and almost
+    every operation of a traced model has a translation of its own.
+    """
+    registry = _registry()
+    if any(n.target not in _translated() for n in _operations(program.graph)):
+        program = _fx_passes.decompose_with_registry(program, registry)
+    _fx_passes.insert_type_promotion_nodes(program.graph_module)
+    _fx_passes.remove_assertion_nodes(program.graph_module)
+    model = _core._exported_program_to_onnx_program(program, registry=registry).model
+    for values, names in (
+        (model.graph.inputs, graph.inputs),
+        (model.graph.outputs, graph.outputs),
+    ):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    return model
 
 
 def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
@@ -133,15 +155,72 @@ def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = 
     return op.TopK(self, count, axis=dim, largest=1, sorted=1)
 
 
-_TRANSLATIONS: dict[Any, Any] = {torch.ops.aten.sort.stable: _sort}
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Plain products: torch's own translation works out the transposition of the keys at run time.
+
+    Engines know this form and fuse it.
+    """
+    if dropout_p or is_causal or enable_gqa:
+        raise NotImplementedError("attention with dropout, a causal mask or grouped queries")
+    rank = len(query.shape)
+    swapped = (*range(rank - 2), rank - 1, rank - 2)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    products = op.MatMul(op.Mul(query, _number(factor, query)), op.Transpose(key, perm=swapped))
+    if attn_mask is not None:
+        if attn_mask.dtype == ir.DataType.BOOL:
+            zero, least = _number(0.0, query), _number(float("-inf"), query)
+            attn_mask = op.Where(attn_mask, zero, least)
+        products = op.Add(products, attn_mask)
+    return op.MatMul(op.Softmax(products, axis=-1), value)
+
+
+def _number(number: float, like: Any) -> Any:
+    dtype = ir.tensor_adapters.to_torch_dtype(like.dtype)
+    value: Any = ir.tensor_adapters.TorchTensor(torch.tensor(number, dtype=dtype))
+    return op.Constant(value=value)
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}
 
 
 @cache
-def _known_operations() -> set[Any]:
+def _registry() -> _registration.ONNXRegistry:
+    """How operations are translated."""
     with _quiet():
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
-    direct = set(_decomp.get_onnx_implemented_overloads(registry)) | set(_TRANSLATIONS)
-    return direct | set(_decomp.create_onnx_friendly_decomposition_table(direct))
+    for target, translation in _TRANSLATIONS.items():
+        registry.register_op(target, translation)
+    return registry
+
+
+@cache
+def _translated() -> set[Any]:
+    """Operations with a translation of their own."""
+    return set(_decomp.get_onnx_implemented_overloads(_registry()))
+
+
+@cache
+def _decomposed() -> set[Any]:
+    """Operations that torch can say in terms of others."""
+    return set(_decomp.create_onnx_friendly_decomposition_table(_translated()))
+
+
+def _operations(graph: fx.Graph) -> Iterator[fx.Node]:
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            yield node
 
 
 def _check_interface(name: str, model: ir.Model, graph: NamedGraph, weights: int) -> None:
