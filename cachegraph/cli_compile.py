@@ -16,7 +16,7 @@ from .cli_options import (
     SeedOption,
 )
 from .cli_output import progress, show
-from .errors import ArtifactError, CachegraphError, InputError
+from .errors import CachegraphError, InputError
 
 
 def compile_model(
@@ -24,7 +24,7 @@ def compile_model(
     schedule: ScheduleOption,
     out: OutOption = None,
     backend: Annotated[
-        str, typer.Option(help="What runs the graphs: eager or inductor.")
+        str, typer.Option(help="What runs the graphs: eager, inductor or onnx.")
     ] = "inductor",
     arch: ArchOption = None,
     inputs: InputOption = None,
@@ -121,12 +121,11 @@ def verify(
 
 def _refuse_overwrite(target: Path | None) -> None:
     """As saving would, but before the work."""
-    if target is not None and target.exists() and not (target / "manifest.json").is_file():
-        raise ArtifactError(
-            "the output exists and is no artifact",
-            place=str(target),
-            remedy="choose another path or remove it",
-        )
+    from .artifact import MANIFEST
+    from .folders import refuse_foreign
+
+    if target is not None:
+        refuse_foreign(target, MANIFEST, "artifact")
 
 
 def _calls(text: str, steps: int) -> int:

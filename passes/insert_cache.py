@@ -271,7 +271,8 @@ class _Insertion:
 def _constant_example(constant: StepConstant, like: Any) -> torch.Tensor:
     floating = constant.kind is ConstantKind.COEFFICIENTS
     dtype = torch.float32 if floating else torch.int64
-    example = torch.tensor(next(iter(constant.values.values())), dtype=dtype)
+    # The longest, since torch takes a size of 1 for a constant.
+    example = torch.tensor(max(constant.values.values(), key=len), dtype=dtype)
     varies = DimDynamic.DYNAMIC if constant.kind is ConstantKind.TOKENS else DimDynamic.STATIC
     context: Any = StatelessSymbolicContext(dynamic_sizes=[varies] * example.ndim)
     fake = like.fake_mode.from_tensor(example, symbolic_context=context)
