@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-DTYPES = {"f32": np.float32, "f16": np.float16, "i64": np.int64, "i32": np.int32}
-
 
 class Loop:
     """The model of every step, with what is kept between them."""
@@ -24,20 +22,19 @@ class Loop:
 
     def __call__(self, number: int, *given: np.ndarray) -> np.ndarray:
         step = self.plan["steps"][number]
-        graph, feed = (
-            self.graphs[step["graph"]],
-            dict(zip(self.plan["model_inputs"], given, strict=True)),
-        )
+        graph = self.graphs[step["graph"]]
+        feed = dict(zip(self.plan["model_inputs"], given, strict=True))
         for name, source in step["slots"].items():
             feed[name] = self.kept[source["step"], source["output"]]
         for name, numbers in step["constants"].items():
-            feed[name] = np.array(numbers, DTYPES[graph["inputs"][name].partition("[")[0]])
+            floating = graph["inputs"][name].startswith("f32")
+            feed[name] = np.array(numbers, np.float32 if floating else np.int64)
         names = [*self.plan["model_outputs"], *step["keep"]]
-        results = dict(zip(names, graph["session"].run(names, feed), strict=True))
-        self.kept.update({(number, name): results[name] for name in step["keep"]})
+        results = graph["session"].run(names, feed)
+        self.kept.update(zip([(number, name) for name in names[1:]], results[1:], strict=True))
         for source in step["free"]:
             del self.kept[source["step"], source["output"]]
-        return results[names[0]]
+        return results[0]
 
 
 def sample(loop: Loop, labels: np.ndarray, x: np.ndarray, guidance: float = 2.0) -> np.ndarray:
@@ -50,17 +47,16 @@ def sample(loop: Loop, labels: np.ndarray, x: np.ndarray, guidance: float = 2.0)
         doubled = np.concatenate([x, x]).astype(np.float32)
         cond, uncond = np.split(loop(step, doubled, np.full_like(y, time), y), 2)
         noise = uncond + guidance * (cond - uncond)
-        image = (x - (1 - here) ** 0.5 * noise) / here**0.5
-        x = there**0.5 * image + (1 - there) ** 0.5 * noise
+        x = there**0.5 * (x - (1 - here) ** 0.5 * noise) / here**0.5 + (1 - there) ** 0.5 * noise
     return x.clip(-1, 1)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("folder", 0), ("out", 0), ("--labels", "0,1,2,3"), ("--noise", "")):
+    for name, default in (("folder", 0), ("out", 0), ("--labels", "0,1,2,3"), ("--noise", None)):
         parser.add_argument(name, default=default)
-    options = parser.parse_args()
-    wanted = np.array(options.labels.split(","), dtype=np.int64)
+    said = parser.parse_args()
+    wanted = np.array(said.labels.split(","), dtype=np.int64)
     drawn = np.random.default_rng(0).standard_normal((len(wanted), 1, 16, 16))
-    start = np.load(options.noise) if options.noise else drawn
-    np.save(options.out, sample(Loop(Path(options.folder)), wanted, start))
+    start = np.load(said.noise) if said.noise else drawn
+    np.save(said.out, sample(Loop(Path(said.folder)), wanted, start))

@@ -109,7 +109,15 @@ def _function(
     # The session does not own them, so they must live as long as the function does.
     values = [OrtValue.from_dlpack(weights[name]) for name in used]
     options.add_external_initializers(used, values)
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # onnxruntime's own have no common base
+        raise BackendError(
+            "onnxruntime cannot run the graph",
+            place=str(path),
+            found=str(error).partition("\n")[0],
+            remedy="cast the model to float32" if "NOT_IMPLEMENTED" in str(error) else "",
+        ) from error
     names = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
     place = (device.type, device.index or 0)

@@ -27,6 +27,7 @@ from cachegraph.spec import TensorSpec
 from cachegraph.weights import WEIGHTS_FILE, weight_offsets
 
 OPSET = 20  # the newest that every TensorRT 10 reads
+_OPSET_BFLOAT16 = 22  # the first with convolutions in bfloat16
 MODULE = "module"  # key in a node's metadata: path of the module that it was traced in
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's own: "['', 'blocks.0', 'blocks.0.attn', 'add']"
 _LOGGER = "torch.onnx._internal.exporter._registration"
@@ -74,7 +75,8 @@ def _finish(
     for value in used:
         del model.graph.initializers[names[value]]
         model.graph.inputs.append(value)
-    _simplify(model)
+    halves = any(tensor.dtype is torch.bfloat16 for tensor in weights.values())
+    _simplify(model, _OPSET_BFLOAT16 if halves else OPSET)
     _check_interface(name, model, graph, len(used))
     _name_sizes(model, graph)
     for node in model.graph:
@@ -85,6 +87,8 @@ def _finish(
     offsets = weight_offsets(weights)
     for value in used:
         model.graph.inputs.remove(value)
+        if not value.uses():
+            continue
         key = names[value]
         tensor = weights[key]
         value.const_value = ir.ExternalTensor(
@@ -99,9 +103,9 @@ def _finish(
     return ir.to_proto(model)
 
 
-def _simplify(model: ir.Model) -> None:
+def _simplify(model: ir.Model, opset: int) -> None:
     """Without onnxscript's rewrite rules, whose time grows with the square of the graph."""
-    onnxscript.version_converter.convert_version(model, OPSET)
+    onnxscript.version_converter.convert_version(model, opset)
     onnxscript.optimizer.inline(model)
     onnxscript.optimizer.fold_constants(model)
     ir.passes.Sequential(
