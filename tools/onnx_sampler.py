@@ -27,8 +27,7 @@ class Loop:
         for name, source in step["slots"].items():
             feed[name] = self.kept[source["step"], source["output"]]
         for name, numbers in step["constants"].items():
-            floating = graph["inputs"][name].startswith("f32")
-            feed[name] = np.array(numbers, np.float32 if floating else np.int64)
+            feed[name] = np.array(numbers, {"f32": "f4", "i64": "i8"}[graph["inputs"][name][:3]])
         names = [*self.plan["model_outputs"], *step["keep"]]
         results = graph["session"].run(names, feed)
         self.kept.update(zip([(number, name) for name in names[1:]], results[1:], strict=True))
@@ -39,13 +38,12 @@ class Loop:
 
 def sample(loop: Loop, labels: np.ndarray, x: np.ndarray, guidance: float = 2.0) -> np.ndarray:
     """Deterministic DDIM with classifier-free guidance, 1000 linear betas."""
-    steps, shares = len(loop.plan["steps"]), np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
+    steps, shares = len(loop.plan["steps"]), np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)).tolist()
     times = [1 + 1000 // steps * i for i in reversed(range(steps))]
     y = np.concatenate([labels, np.full_like(labels, 10)])
     for step, time in enumerate(times):
         here, there = shares[time], 1.0 if time == 1 else shares[times[step + 1]]
-        doubled = np.concatenate([x, x]).astype(np.float32)
-        cond, uncond = np.split(loop(step, doubled, np.full_like(y, time), y), 2)
+        cond, uncond = np.split(loop(step, np.concatenate([x, x]), np.full_like(y, time), y), 2)
         noise = uncond + guidance * (cond - uncond)
         x = there**0.5 * (x - (1 - here) ** 0.5 * noise) / here**0.5 + (1 - there) ** 0.5 * noise
     return x.clip(-1, 1)
@@ -57,6 +55,6 @@ if __name__ == "__main__":
         parser.add_argument(name, default=default)
     said = parser.parse_args()
     wanted = np.array(said.labels.split(","), dtype=np.int64)
-    drawn = np.random.default_rng(0).standard_normal((len(wanted), 1, 16, 16))
+    drawn = np.random.default_rng(0).standard_normal((len(wanted), 1, 16, 16), np.float32)
     start = np.load(said.noise) if said.noise else drawn
     np.save(said.out, sample(Loop(Path(said.folder)), wanted, start))
