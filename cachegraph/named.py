@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .program import Program
 from .serialise import SPEC
@@ -42,6 +42,15 @@ class NamedGraph:
     def example_sizes(self) -> dict[str, int]:
         """The largest known value of every varying size: torch takes a size of 1 for a constant."""
         return {name: values[0] for name, values in self.sizes.items()}
+
+    def sizes_of(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """What the varying sizes are in a call with these inputs."""
+        return {
+            dim: size
+            for spec, tensor in zip(self.inputs.values(), tensors, strict=True)
+            for dim, size in zip(spec.shape, tensor.shape, strict=True)
+            if isinstance(dim, str) and dim.isidentifier()
+        }
 
 
 def named_graphs(program: Program, graphs: Sequence[fx.GraphModule]) -> dict[str, NamedGraph]:

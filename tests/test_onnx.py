@@ -30,25 +30,17 @@ onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-STEPS = 7
-TOCA = {
-    "cachegraph": 1,
-    "steps": STEPS,
-    "policy": {"method": "toca", "interval": 4, "fresh_ratio": 0.3, "quirks": False},
-}
+STEPS = 7  # of the schedule
+
+
+@pytest.fixture
+def folder(toca_onnx: Path) -> Path:
+    return toca_onnx
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of a DiT of one block under ToCa."""
-    target = tmp_path_factory.mktemp("onnx") / "toca.cgraph"
-    cg.compile(tiny_dit(depth=1), TOCA, dit_steps(1)[0], backend="onnx", out=target)
-    return target
-
-
-@pytest.fixture(scope="module")
-def artifact(folder: Path) -> cg.Artifact:
-    return load_artifact(folder)
+def artifact(toca_onnx: Path) -> cg.Artifact:
+    return load_artifact(toca_onnx)
 
 
 @pytest.fixture(scope="module")

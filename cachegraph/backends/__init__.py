@@ -103,8 +103,10 @@ def get_backend(name: str) -> Backend | AheadOfTime:
     from .eager import Eager
     from .inductor import Inductor
     from .onnx import Onnx
+    from .tensorrt import TensorRT
 
-    known: dict[str, Backend | AheadOfTime] = {b.name: b for b in (Eager(), Inductor(), Onnx())}
+    all_backends: tuple[Backend | AheadOfTime, ...] = (Eager(), Inductor(), Onnx(), TensorRT())
+    known = {backend.name: backend for backend in all_backends}
     if name not in known:
         raise BackendError(
             f"unknown backend {name!r}", expected=", ".join(known), remedy=nearest(name, known)
