@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cachegraph as cg
 from cachegraph.artifact import load_artifact
@@ -23,6 +25,7 @@ from cachegraph.schedule import load_schedule, presets
 from cachegraph.spec import TensorSpec
 from tests.models import (
     TOCA,
+    dit_steps,
     fora,
     full,
     one_thread,  # noqa: F401
@@ -232,11 +235,6 @@ def test_tensorrt_is_imported_only_when_asked_for() -> None:
     assert "tensorrt" not in sys.modules
 
 
-@pytest.fixture
-def schedule() -> dict[str, Any]:
-    return full(1)
-
-
 def find(monkeypatch: pytest.MonkeyPatch, *, missing: str = "") -> None:
     def spec(name: str) -> object:
         return None if name == missing else object()
@@ -325,3 +323,67 @@ def test_presets_pass(name: str, seen: dict[str, list[str]]) -> None:
         if key not in seen:
             seen[key] = [str(one) for one in refusals(to_onnx(*graph, artifact.weights))]
         assert not seen[key]
+
+
+# --- the command for a machine that has TensorRT
+
+
+def load_tool() -> Any:
+    """The command as a module, for tools is no package."""
+    place = Path(__file__).parents[1] / "tools/check_tensorrt.py"
+    spec = importlib.util.spec_from_file_location("check_tensorrt", place)
+    assert spec is not None
+    assert spec.loader is not None
+    tool: Any = importlib.util.module_from_spec(spec)
+    sys.modules["check_tensorrt"] = tool  # dataclasses look there for their module
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_check_tells_agreement_from_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, calls = tiny_dit(depth=1, num_heads=4), dit_steps(4)
+    run = cg.load(cg.compile(small, fora(4, 3), calls[0], backend="eager"))
+    recording = {
+        "x": torch.stack([x for x, _, _ in calls]),
+        "t": torch.stack([t for _, t, _ in calls]),
+        "y": calls[0][2],
+        "out": torch.stack([run(*call) for call in calls]),
+    }
+    save_file(small.state_dict(), tmp_path / "dit_tiny.safetensors")
+    save_file(recording, tmp_path / "right.safetensors")
+    save_file(recording | {"out": recording["out"] * 1.01}, tmp_path / "wrong.safetensors")
+    tool = load_tool()
+    schedule = tool.Case("DiT", fora(4, 3))
+    monkeypatch.setattr(tool, "cases", lambda _: {"right": schedule, "wrong": schedule})
+    options = ["--recordings", str(tmp_path), "--backend", "eager", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["check_tensorrt.py", *options])
+    assert tool.main() == 1
+    *_, right, wrong = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\| right \| 2 \| .* \| 0.0e\+00 \| ok \|", right)
+    assert re.fullmatch(r"\| wrong \| 2 \| .* \| 9.9e-03 \| above 0.0001 \|", wrong)
+
+
+RECORDINGS = list(load_tool().cases(Path("golden")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recordings_through_onnxruntime(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    options = ["--recordings", str(shared / "golden"), "--backend", "onnx", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["check_tensorrt.py", *options, "--only", name])
+    assert load_tool().main() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recordings_through_tensorrt(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    options = ["--recordings", str(shared / "golden"), "--only", name]
+    monkeypatch.setattr(sys, "argv", ["check_tensorrt.py", *options])
+    assert load_tool().main() == 0
