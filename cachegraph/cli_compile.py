@@ -24,7 +24,7 @@ def compile_model(
     schedule: ScheduleOption,
     out: OutOption = None,
     backend: Annotated[
-        str, typer.Option(help="What runs the graphs: eager, inductor or onnx.")
+        str, typer.Option(help="What runs the graphs: eager, inductor, onnx or tensorrt.")
     ] = "inductor",
     arch: ArchOption = None,
     inputs: InputOption = None,

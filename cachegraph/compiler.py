@@ -113,7 +113,7 @@ def compile(
         args: example inputs; the model's own ``example_inputs()`` where left out. The first
             dimension of the first tensor is the batch.
         kwargs: example inputs by name.
-        backend: what runs the graphs: ``eager``, ``inductor`` or ``onnx``.
+        backend: what runs the graphs: ``eager``, ``inductor``, ``onnx`` or ``tensorrt``.
         out: folder to write the artifact to.
         dynamic_batch: let the batch vary where torch.export can.
         progress: is told what is being done.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,14 @@ def test_a_device_that_this_onnxruntime_does_not_know() -> None:
     assert _provider(available, torch.device("cpu")) == "CPUExecutionProvider"
     with pytest.raises(BackendError, match=r"cannot run on cuda:1; .* pip install onnxruntime-gpu"):
         _provider(available, torch.device("cuda:1"))
+
+
+def test_a_file_that_is_gone_or_of_another_graph(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    artifact, place = load_artifact(copied), copied / "compiled/onnx"
+    (place / "variant0.onnx").replace(place / "variant1.onnx")
+    with pytest.raises(BackendError, match=r"variant0.onnx: the ONNX file is missing; compile"):
+        artifact.runner()
+    shutil.copy(place / "variant1.onnx", place / "variant0.onnx")
+    with pytest.raises(BackendError, match=r"variant1.onnx: .* other inputs and outputs"):
+        artifact.runner()

@@ -3,8 +3,8 @@
 python tools/check_tensorrt.py --recordings FOLDER [--backend onnx --device cpu] [--only CASE]
 
 The folder holds the recordings and the weights of their models, as NAME.safetensors; the folders
-routers and smoothcache lie beside it. Made for a machine with a GPU and TensorRT; runs with any backend. Prints a
-table, and fails where a relative error exceeds the limit.
+routers and smoothcache lie beside it. Made for a machine with a GPU and TensorRT; runs with any
+backend. Prints a table, and fails where a relative error exceeds the limit.
 """
 
 from __future__ import annotations
