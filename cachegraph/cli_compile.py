@@ -63,7 +63,7 @@ def compile_model(
         )
         say("reading the artifact")
         artifact = load_artifact(target)
-        if backend != "eager":
+        if backend == "inductor":
             warm_up(artifact, say)
     view = view_artifact(artifact)
     show(summary(f"{source.name}, {name}", view.plan, view.cost, view.batch_text))

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import cachegraph as cg
 from cachegraph.artifact import load_artifact
 from cachegraph.errors import BackendError
 from cachegraph.named import NamedGraph, named_graphs
+from cachegraph.spec import TensorSpec
+from cachegraph.trial import warm_up
 from tests.models import (
     dit_steps,
     fora,
@@ -65,7 +68,8 @@ def test_it_computes_what_eager_does(artifact: cg.Artifact, runner: cg.Runner, b
 
 def test_one_file_serves_three_counts_of_tokens(artifact: cg.Artifact) -> None:
     graphs = named_graphs(artifact.program, artifact.graphs)
-    assert max(len(k) for graph in graphs.values() for k in graph.sizes.values()) >= 3
+    counts = [k for graph in graphs.values() for k in graph.sizes.values()]
+    assert max(map(len, counts)) >= 3
 
 
 def test_what_is_kept_is_not_written_over(artifact: cg.Artifact) -> None:
@@ -79,14 +83,16 @@ def test_what_is_kept_is_not_written_over(artifact: cg.Artifact) -> None:
         assert all(map(torch.equal, found, wanted))
 
 
-def halved(dtype: torch.dtype) -> tuple[cg.Artifact, list[Any]]:
-    calls = [(x.to(dtype), t, y) for x, t, y in dit_steps(2)]
+def halved(dtype: torch.dtype, folder: Path) -> tuple[cg.Artifact, list[Any]]:
+    """An artifact of eager, read from a folder: its graphs share a module with all weights."""
+    calls = [(x.to(dtype), t, y) for x, t, y in dit_steps(4)]
     model = tiny_dit(depth=1).to(dtype)
-    return cg.compile(model, fora(2, 2), calls[0], backend="eager"), calls
+    cg.compile(model, fora(4, 3), calls[0], backend="eager", out=folder / "half.cgraph")
+    return load_artifact(folder / "half.cgraph"), calls
 
 
-def test_float16() -> None:
-    artifact, calls = halved(torch.float16)
+def test_float16(tmp_path: Path) -> None:
+    artifact, calls = halved(torch.float16, tmp_path)
     run, eager = artifact.runner(backend="onnx"), artifact.runner()
     for call in calls:
         found = run(*call)
@@ -94,15 +100,59 @@ def test_float16() -> None:
         assert relative_error(found, eager(*call)) < 5e-3
 
 
-def test_bfloat16_is_converted_but_not_run_on_the_cpu() -> None:
+def test_bfloat16_is_converted_but_not_run_on_the_cpu(tmp_path: Path) -> None:
     """onnxruntime has no such convolution there."""
-    artifact, _ = halved(torch.bfloat16)
+    artifact, _ = halved(torch.bfloat16, tmp_path)
     with pytest.raises(
         BackendError, match=r"cannot run the graph.*Conv.*cast the model to float32"
     ):
         artifact.runner(backend="onnx")
     for model in models(artifact.compiled["onnx"]).values():
         assert model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+
+
+class Halves(nn.Module):
+    """Translations of our own: an attention with a mask, a roll by half of the batch, a sort."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        attended = F.scaled_dot_product_attention(x, x, x, attn_mask=mask, scale=0.3)
+        rolled = torch.roll(attended, (attended.shape[0] // 2, -1), (0, -2))
+        return rolled, torch.sort(x.round(), dim=-1, descending=True, stable=True)[1]
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_translations_of_our_own(floating: bool) -> None:
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    from cachegraph.backends.onnx_graph import to_onnx
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 5, 8)
+    mask = torch.randn(5, 5) if floating else torch.ones(5, 5, dtype=torch.bool).tril()
+    shapes = ({0: torch.export.Dim.DYNAMIC}, {})
+    program = torch.export.export(Halves(), (x, mask), dynamic_shapes=shapes)
+    module = program.module(check_guards=False)
+    specs = TensorSpec(("batch", 2, 5, 8), torch.float32), TensorSpec.of(mask)
+    order = TensorSpec(("batch", 2, 5, 8), torch.int64)
+    named = NamedGraph(
+        module,
+        dict(zip(("x", "m"), specs, strict=True)),
+        {"a": specs[0], "i": order},
+        {"batch": (4,)},
+    )
+    model = to_onnx("halves", named, {})
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for batch in (2, 4, 6):
+        x = torch.randn(batch, 2, 5, 8)
+        found = session.run(None, {"x": x.numpy(), "m": mask.numpy()})
+        for one, wanted in zip(found, Halves()(x, mask), strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_every_graph_can_be_tried_once(artifact: cg.Artifact) -> None:
+    """As compile does for inductor; counts of tokens are sizes too."""
+    told: list[str] = []
+    warm_up(artifact, lambda what, done, of: told.append(what))
+    assert told == [f"compiling {layout.name}" for layout in artifact.program.variants]
 
 
 # --- the files

@@ -155,8 +155,7 @@ def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = 
     """ONNX has no sort; its TopK puts the lower index first among equals, as a stable one does."""
     if not descending:
         raise NotImplementedError("an ascending stable sort")
-    count: Any = op.Constant(value_ints=[self.shape[dim]])
-    return op.TopK(self, count, axis=dim, largest=1, sorted=1)
+    return op.TopK(self, _one(self.shape[dim]), axis=dim, largest=1, sorted=1)
 
 
 def _attention(
@@ -193,8 +192,31 @@ def _number(number: float, like: Any) -> Any:
     return op.Constant(value=value)
 
 
+def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
+    """Torch's own translation takes no shift that depends on a size, such as half of the batch."""
+    if len(shifts) != len(dims):
+        raise NotImplementedError("a roll without axes")
+    rank = len(self.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        axis = dim % rank
+        length = op.Shape(self, start=axis, end=axis + 1)
+        by = _one(shift) if isinstance(shift, int) else op.Reshape(shift, _one(-1))
+        cut = op.Mod(op.Sub(length, by), length)
+        front, back = (
+            op.Slice(self, _one(0), cut, _one(axis)),
+            op.Slice(self, cut, length, _one(axis)),
+        )
+        self = op.Concat(back, front, axis=axis)
+    return self
+
+
+def _one(number: int) -> Any:
+    return op.Constant(value_ints=[number])
+
+
 _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten.roll.default: _roll,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }
 
