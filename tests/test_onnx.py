@@ -139,7 +139,9 @@ def test_translations_of_our_own(floating: bool) -> None:
         {"a": specs[0], "i": order},
         {"batch": (4,)},
     )
-    model = to_onnx("halves", named, {})
+    module.register_buffer("spare", torch.zeros(3))
+    model = to_onnx("halves", named, {"spare": torch.zeros(3)})
+    assert "spare" not in {tensor.name for tensor in model.graph.initializer}
     session = onnxruntime.InferenceSession(model.SerializeToString())
     for batch in (2, 4, 6):
         x = torch.randn(batch, 2, 5, 8)
