@@ -316,7 +316,7 @@ def test_presets_pass(name: str, seen: dict[str, list[str]]) -> None:
         small: Any = PixArt(input_size=8, hidden_size=32, depth=2, num_heads=2).eval()
     else:
         small = tiny_dit()
-    artifact = cg.compile(small, name, backend="eager")
+    artifact = cg.compile(small, name, *small.example_inputs(batch=4), backend="eager")
     for graph, text in zip(
         named_graphs(artifact.program, artifact.graphs).items(), artifact.texts, strict=True
     ):
