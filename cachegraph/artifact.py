@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import weakref
@@ -23,6 +22,7 @@ from torch import Tensor, fx
 
 from .backends import AheadOfTime, Progress, check_all, get_backend
 from .errors import ArtifactError, InputError
+from .folders import refuse_foreign, written_whole
 from .known import Prologues, StepFunction
 from .named import named_graphs
 from .program import Program
@@ -33,7 +33,7 @@ from .tracking import Track
 from .weights import WEIGHTS_FILE, distinct, load_weights, save_weights, stored_weight
 
 FORMAT = 2
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _SCHEDULE = "schedule.yaml"
 _COMPILED = "compiled"
 _PROGRAM = TypeAdapter(Program)
@@ -138,22 +138,9 @@ class Artifact:
             ArtifactError: ``path`` exists and is no artifact.
         """
         target = Path(path)
-        if target.exists() and not (target / _MANIFEST).is_file():
-            raise ArtifactError(
-                "the output exists and is no artifact",
-                place=str(target),
-                remedy="choose another path or remove it",
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        refuse_foreign(target, MANIFEST, "artifact")
+        with written_whole(target) as partial:
             self._write(partial, progress)
-            _swap(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         compiled = target / _COMPILED / self.backend
         if compiled.is_dir():
             self.compiled[self.backend] = compiled
@@ -182,7 +169,7 @@ class Artifact:
             "program": _PROGRAM.dump_python(self.program, mode="json"),
         }
         manifest["digest"] = _digest(manifest)
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     def _write_compiled(self, folder: Path, progress: Progress) -> None:
         """What the backend compiled ahead of time, if it does."""
@@ -217,7 +204,7 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
     except ValidationError as error:
         raise ArtifactError(
             "the manifest does not describe a program",
-            place=str(folder / _MANIFEST),
+            place=str(folder / MANIFEST),
             found=str(error.errors()[0]["msg"]),
         ) from error
     weights = load_weights(folder / WEIGHTS_FILE, place)
@@ -261,20 +248,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError("no such artifact", place=place)
     if not folder.is_dir():
         raise ArtifactError("not an artifact", place=place, expected="a folder")
-    if not (folder / _MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         raise ArtifactError(
             "not an artifact, or one whose writing was interrupted",
             place=place,
-            expected=f"a {_MANIFEST} in it",
+            expected=f"a {MANIFEST} in it",
             remedy="compile it again",
         )
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         version = manifest["cachegraph"]
         recorded = manifest.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            "the manifest is damaged", place=str(folder / _MANIFEST), found=repr(error)
+            "the manifest is damaged", place=str(folder / MANIFEST), found=repr(error)
         ) from error
     if version != FORMAT:
         raise ArtifactError(
@@ -287,7 +274,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if recorded != _digest(manifest):
         raise ArtifactError(
             "the manifest was changed after it was written",
-            place=str(folder / _MANIFEST),
+            place=str(folder / MANIFEST),
             remedy="compile the artifact again",
         )
     return manifest
@@ -321,18 +308,3 @@ def _sha256(path: Path) -> str:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _swap(partial: Path, target: Path) -> None:
-    """Put a finished folder in the place of an older one, if there is one."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    old = target.parent / f".{target.name}.{os.getpid()}.old"
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from .cli_bench import bench
 from .cli_calibrate import calibrate, import_router_file
 from .cli_compile import compile_model, verify
+from .cli_export import export
 from .cli_options import examples
 from .cli_plan import inspect, show_plan
 from .cli_sample import sample
@@ -136,6 +137,14 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         (
             "cachegraph verify DiT-XL-2-256x256-fora-n3.cgraph --model DiT-XL-2-256x256.pt",
             "cachegraph verify digits-fora-n3.cgraph --model digits --calls 10",
+        ),
+    ),
+    (
+        "export",
+        export,
+        (
+            "cachegraph export digits-fora-n3.cgraph --to onnx -o digits-onnx",
+            "python tools/onnx_sampler.py digits-onnx digits.npy",
         ),
     ),
     (

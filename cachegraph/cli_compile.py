@@ -18,7 +18,7 @@ from .cli_options import (
     VaryingOption,
 )
 from .cli_output import progress, show
-from .errors import ArtifactError, CachegraphError, InputError
+from .errors import CachegraphError, InputError
 
 
 def compile_model(
@@ -26,7 +26,7 @@ def compile_model(
     schedule: ScheduleOption,
     out: OutOption = None,
     backend: Annotated[
-        str, typer.Option(help="What runs the graphs: eager, inductor, aoti or onnx.")
+        str, typer.Option(help="What runs the graphs: eager, inductor, aoti, onnx or tensorrt.")
     ] = "inductor",
     arch: ArchOption = None,
     inputs: InputOption = None,
@@ -71,7 +71,7 @@ def compile_model(
         )
         say("reading the artifact")
         artifact = load_artifact(target)
-        if backend != "eager":
+        if backend == "inductor":
             warm_up(artifact, say)
     view = view_artifact(artifact)
     show(summary(f"{source.name}, {name}", view.plan, view.cost, view.batch_text))
@@ -129,12 +129,11 @@ def verify(
 
 def _refuse_overwrite(target: Path | None) -> None:
     """As saving would, but before the work."""
-    if target is not None and target.exists() and not (target / "manifest.json").is_file():
-        raise ArtifactError(
-            "the output exists and is no artifact",
-            place=str(target),
-            remedy="choose another path or remove it",
-        )
+    from .artifact import MANIFEST
+    from .folders import refuse_foreign
+
+    if target is not None:
+        refuse_foreign(target, MANIFEST, "artifact")
 
 
 def _calls(text: str, steps: int) -> int:

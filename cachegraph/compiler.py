@@ -121,7 +121,7 @@ def compile(
         args: example inputs; the model's own ``example_inputs()`` where left out. The first
             dimension of the first tensor is the batch.
         kwargs: example inputs by name.
-        backend: what runs the graphs: ``eager`` or ``inductor``.
+        backend: what runs the graphs: ``eager``, ``inductor``, ``onnx`` or ``tensorrt``.
         out: folder to write the artifact to.
         dynamic_batch: let the batch vary where torch.export can.
         varying: inputs that differ from step to step, beside the first one and the timestep. All

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .program import Program
 from .serialise import SPEC
@@ -30,8 +30,8 @@ class NamedGraph:
         inputs: name -> spec, in the order of the graph's inputs: the model's, slots that are read,
             step constants, known values. A symbolic size is an expression in the keys of ``sizes``.
         outputs: name -> spec, in the order of the graph's outputs: the model's, then writes.
-        sizes: name of a varying size -> every value that it is known to take, the first of them
-            fit for an example. Of the batch only the traced one is known.
+        sizes: name of a varying size -> every value that it is known to take, the largest first.
+            Of the batch only the traced one is known.
     """
 
     module: fx.GraphModule
@@ -40,8 +40,17 @@ class NamedGraph:
     sizes: Mapping[str, tuple[int, ...]]
 
     def example_sizes(self) -> dict[str, int]:
-        """One value for every varying size."""
+        """The largest known value of every varying size: torch takes a size of 1 for a constant."""
         return {name: values[0] for name, values in self.sizes.items()}
+
+    def sizes_of(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """What the varying sizes are in a call with these inputs."""
+        return {
+            dim: size
+            for spec, tensor in zip(self.inputs.values(), tensors, strict=True)
+            for dim, size in zip(spec.shape, tensor.shape, strict=True)
+            if isinstance(dim, str) and dim.isidentifier()
+        }
 
 
 def named_graphs(program: Program, graphs: Sequence[fx.GraphModule]) -> dict[str, NamedGraph]:
@@ -76,7 +85,7 @@ def _sizes(
     """Values of every symbol: as traced, or as the step constants of the variant's steps say."""
     specs = list(inputs.values())
     symbols = set().union(*(spec.symbols() for spec in specs))
-    found = {s: {size: None} for s, size in program.symbols.items() if s in symbols}
+    found = {s: {size} for s, size in program.symbols.items() if s in symbols}
     for entry in program.steps:
         if entry.variant != variant:
             continue
@@ -85,8 +94,8 @@ def _sizes(
         for numbers, spec in zip(entry.constants, constants, strict=True):
             for dim, size in zip(spec.shape, _shape(numbers), strict=True):
                 if isinstance(dim, str):
-                    found.setdefault(dim, {})[size] = None
-    return {symbol: tuple(values) for symbol, values in found.items()}
+                    found.setdefault(dim, set()).add(size)
+    return {symbol: tuple(sorted(values, reverse=True)) for symbol, values in found.items()}
 
 
 def _shape(numbers: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .artifact import Artifact
 from .errors import ModelError, TraceError
 from .inputs import random_tensor
+from .named import named_graphs
 from .plan import make_plan
 from .program import Program
 from .reference import ReferenceRunner
@@ -36,13 +37,14 @@ class StepError:
 
 def warm_up(artifact: Artifact, progress: Progress) -> None:
     """Call every variant once with the traced sizes, so that torch keeps the kernels on disk."""
-    program, generator = artifact.program, torch.Generator().manual_seed(0)
-    functions = artifact.functions()
-    for number, (function, layout) in enumerate(zip(functions, program.variants, strict=True)):
-        progress(f"compiling {layout.name}", number, len(program.variants))
+    generator = torch.Generator().manual_seed(0)
+    graphs = named_graphs(artifact.program, artifact.graphs)
+    for number, (function, name) in enumerate(zip(artifact.functions(), graphs, strict=True)):
+        progress(f"compiling {name}", number, len(graphs))
+        sizes = graphs[name].example_sizes()
         tensors = [
-            random_tensor("", spec.sizes(program.symbols), spec.dtype, generator)
-            for spec in layout.inputs
+            random_tensor("", spec.sizes(sizes), spec.dtype, generator)
+            for spec in graphs[name].inputs.values()
         ]
         with torch.no_grad():
             function(*(t.to(artifact.device) for t in tensors))

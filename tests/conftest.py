@@ -65,3 +65,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED.name} beside the repository: its recordings are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def toca_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of a DiT of one block under ToCa, compiled for onnxruntime."""
+    import cachegraph as cg
+    from tests.models import TOCA, dit_steps, tiny_dit
+
+    target = tmp_path_factory.mktemp("onnx") / "toca.cgraph"
+    cg.compile(tiny_dit(depth=1), TOCA, dit_steps(1)[0], backend="onnx", out=target)
+    return target

@@ -57,6 +57,13 @@ def compile_traced(
         return cg.compile(model, schedule, (), **{"backend": "eager"} | options)
 
 
+TOCA = {  # its partial steps recompute three different numbers of tokens
+    "cachegraph": 1,
+    "steps": 7,
+    "policy": {"method": "toca", "interval": 4, "fresh_ratio": 0.3, "quirks": False},
+}
+
+
 def fora(steps: int, interval: int, **more: Any) -> dict[str, Any]:
     """A schedule."""
     return {"cachegraph": 1, "steps": steps, "policy": {"method": "fora", "interval": interval}} | (

@@ -285,7 +285,7 @@ def fails(*_: Any, **__: Any) -> None:
     raise OSError("no space left on device")
 
 
-@pytest.mark.parametrize("part", ["save_weights", "graph_to_json", "_swap"])
+@pytest.mark.parametrize("part", ["save_weights", "graph_to_json", "_digest"])
 def test_a_failed_save_leaves_all_as_it_was(
     folder: Path, original: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

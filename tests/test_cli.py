@@ -265,7 +265,7 @@ WRONG = {
     "plan tiny.safetensors -s glob.yaml": "glob.yaml:4: glob 'block.*' matches no site; expected 4 "
     f"sites: {SITES}, blocks.1.mlp (mlp); did you mean 'blocks.1.mlp'?",
     "compile digits -s fora-n3 --backend eagr": "unknown backend 'eagr'; expected eager, "
-    "inductor, aoti, onnx; did you mean 'eager'?",
+    "inductor, aoti, onnx, tensorrt; did you mean 'eager'?",
     "compile none.pt -s rows.yaml": "none.pt: there is no such weights file",
     "compile pickled.pt -s rows.yaml": "pickled.pt: the file holds pickled Python objects, which "
     "can run code when they are read; expected a state dict: names and tensors; found the class "

@@ -112,8 +112,9 @@ def get_backend(name: str) -> Backend | AheadOfTime:
     from .eager import Eager
     from .inductor import Inductor
     from .onnx import Onnx
+    from .tensorrt import TensorRT
 
-    every: tuple[Backend | AheadOfTime, ...] = (Eager(), Inductor(), Aoti(), Onnx())
+    every: tuple[Backend | AheadOfTime, ...] = (Eager(), Inductor(), Aoti(), Onnx(), TensorRT())
     known = {backend.name: backend for backend in every}
     if name not in known:
         raise BackendError(

@@ -63,7 +63,10 @@ class Onnx:
 
         provider = _provider(onnxruntime.get_available_providers(), device)
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        return [_function(folder / f"{name}.onnx", provider, stored, device) for name in graphs]
+        return [
+            _function(folder / f"{name}.onnx", graph, provider, stored, device)
+            for name, graph in graphs.items()
+        ]
 
 
 def require(packages: Sequence[str], backend: str, extra: str) -> None:
@@ -94,13 +97,50 @@ def _provider(available: Sequence[str], device: torch.device) -> str:
 
 
 def _function(
-    path: Path, provider: str, weights: Mapping[str, Tensor], device: torch.device
+    path: Path,
+    graph: NamedGraph,
+    provider: str,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
 ) -> StepFunction:
     """A session as a function of flat tensors."""
-    import onnx
-    import onnxruntime
     from onnxruntime import OrtValue
 
+    place = (device.type, device.index or 0)
+    session, values = _session(path, provider, weights, place[1])
+    found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
+    if found != [*graph.inputs, *graph.outputs]:
+        raise BackendError(
+            "the ONNX file has other inputs and outputs than the graph",
+            place=str(path),
+            remedy="compile again",
+        )
+
+    # The session does not own its weights, so they must live as long as the function does.
+    def call(*tensors: Tensor, _kept: Any = (weights, values)) -> list[Tensor]:
+        binding = session.io_binding()
+        given = [OrtValue.from_dlpack(t.detach().contiguous()) for t in tensors]
+        for name, value in zip(graph.inputs, given, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in graph.outputs:
+            binding.bind_output(name, *place)
+        if device.type == "cuda":  # onnxruntime has a stream of its own
+            torch.cuda.current_stream(device).synchronize()
+        session.run_with_iobinding(binding)
+        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+
+    return call
+
+
+def _session(
+    path: Path, provider: str, weights: Mapping[str, Tensor], number: int
+) -> tuple[Any, Any]:
+    """A session and the weights in the form that it uses, which are not copied."""
+    import onnx
+    import onnxruntime
+
+    if not path.is_file():
+        raise BackendError("the ONNX file is missing", place=str(path), remedy="compile again")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
@@ -108,22 +148,15 @@ def _function(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     model = onnx.load(path, load_external_data=False)
     used = [t.name for t in model.graph.initializer if is_stored(weights, t.name)]
-    # The session does not own them, so they must live as long as the function does.
-    values = [OrtValue.from_dlpack(stored_weight(weights, name)) for name in used]
+    values = [onnxruntime.OrtValue.from_dlpack(stored_weight(weights, name)) for name in used]
     options.add_external_initializers(used, values)
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    names = [value.name for value in session.get_inputs()]
-    outputs = [value.name for value in session.get_outputs()]
-    place = (device.type, device.index or 0)
-
-    def call(*tensors: Tensor, _kept: Any = (weights, values)) -> list[Tensor]:
-        binding = session.io_binding()
-        given = [OrtValue.from_dlpack(t.detach().contiguous()) for t in tensors]
-        for name, value in zip(names, given, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        for name in outputs:
-            binding.bind_output(name, *place)
-        session.run_with_iobinding(binding)
-        return [torch.from_dlpack(value) for value in binding.get_outputs()]
-
-    return call
+    choices = {"device_id": number} if provider == _PROVIDERS["cuda"] else {}
+    try:
+        return onnxruntime.InferenceSession(str(path), options, [provider], [choices]), values
+    except Exception as error:  # onnxruntime's own have no common base
+        raise BackendError(
+            "onnxruntime cannot run the graph",
+            place=str(path),
+            found=str(error).partition("\n")[0],
+            remedy="cast the model to float32" if "NOT_IMPLEMENTED" in str(error) else "",
+        ) from error

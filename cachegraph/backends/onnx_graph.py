@@ -13,10 +13,12 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.tensor_adapters
 import onnxscript.optimizer
+import onnxscript.version_converter
 import torch
+from onnx_ir.passes import common
 from onnxscript import opset20 as op
 from torch import Tensor, fx
-from torch.onnx._internal.exporter import _decomp, _registration
+from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
 
 from cachegraph.errors import BackendError
 from cachegraph.named import NamedGraph
@@ -26,6 +28,7 @@ from cachegraph.weights import WEIGHTS_FILE, is_stored, place_of, weight_offsets
 from .export import export_graph
 
 OPSET = 20  # the newest that every TensorRT 10 reads
+_OPSET_BFLOAT16 = 22  # the first with convolutions in bfloat16
 MODULE = "module"  # key in a node's metadata: path of the module that it was traced in
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's own: "['', 'blocks.0', 'blocks.0.attn', 'add']"
 _LOGGER = "torch.onnx._internal.exporter._registration"
@@ -33,13 +36,11 @@ _LOGGER = "torch.onnx._internal.exporter._registration"
 
 def untranslatable(graph: fx.Graph) -> list[str]:
     """Operations that cannot be said in ONNX; changes nothing."""
-    known, found = _known_operations(), {}
-    for node in graph.nodes:
+    found: dict[str, str] = {}
+    for node in _operations(graph):
         target: Any = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-            continue
-        if target not in known and not target._can_decompose():
-            found[f"no ONNX translation of {target}"] = node.name
+        if target not in _translated() | _decomposed() and not target._can_decompose():
+            found.setdefault(f"no ONNX translation of {target}", node.name)
     return [f"{why} (node {name})" for why, name in found.items()]
 
 
@@ -77,7 +78,8 @@ def _finish(
     for value in used:
         del model.graph.initializers[names[value]]
         model.graph.inputs.append(value)
-    onnxscript.optimizer.optimize(model)
+    halves = any(tensor.dtype is torch.bfloat16 for tensor in weights.values())
+    _simplify(model, _OPSET_BFLOAT16 if halves else OPSET)
     _check_interface(name, model, graph, len(used))
     _name_sizes(model, graph)
     for node in model.graph:
@@ -88,6 +90,8 @@ def _finish(
     offsets = weight_offsets(weights)
     for value in used:
         model.graph.inputs.remove(value)
+        if not value.uses():
+            continue
         key = names[value]
         offset, tensor = place_of(key, weights, offsets)
         value.const_value = ir.ExternalTensor(
@@ -102,39 +106,140 @@ def _finish(
     return ir.to_proto(model)
 
 
+def _simplify(model: ir.Model, opset: int) -> None:
+    """Without onnxscript's rewrite rules, whose time grows with the square of the graph."""
+    onnxscript.version_converter.convert_version(model, opset)
+    onnxscript.optimizer.inline(model)
+    onnxscript.optimizer.fold_constants(model)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
 def _translate(program: torch.export.ExportedProgram, graph: NamedGraph) -> ir.Model:
-    made = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=list(graph.inputs),
-        output_names=list(graph.outputs),
-        opset_version=OPSET,
-        custom_translation_table=_TRANSLATIONS,
-        optimize=False,
-        verbose=False,
-    )
-    if made is None:
-        raise TypeError("torch.onnx.export returned nothing")
-    return made.model
+    """What ``torch.onnx.export`` does, but decomposing only where an operation needs it.
+
+    Decomposing traces the graph anew, which takes many times longer than all the rest, and almost
+    every operation of a traced model has a translation of its own.
+    """
+    registry = _registry()
+    if any(n.target not in _translated() for n in _operations(program.graph)):
+        program = _fx_passes.decompose_with_registry(program, registry)
+    _fx_passes.insert_type_promotion_nodes(program.graph_module)
+    _fx_passes.remove_assertion_nodes(program.graph_module)
+    model = _core._exported_program_to_onnx_program(program, registry=registry).model
+    for values, names in (
+        (model.graph.inputs, graph.inputs),
+        (model.graph.outputs, graph.outputs),
+    ):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    return model
 
 
 def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
     """ONNX has no sort; its TopK puts the lower index first among equals, as a stable one does."""
     if not descending:
         raise NotImplementedError("an ascending stable sort")
-    count: Any = op.Constant(value_ints=[self.shape[dim]])
-    return op.TopK(self, count, axis=dim, largest=1, sorted=1)
+    return op.TopK(self, _one(self.shape[dim]), axis=dim, largest=1, sorted=1)
 
 
-_TRANSLATIONS: dict[Any, Any] = {torch.ops.aten.sort.stable: _sort}
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Plain products: torch's own translation works out the transposition of the keys at run time.
+
+    Engines know this form and fuse it.
+    """
+    if dropout_p or is_causal or enable_gqa:
+        raise NotImplementedError("attention with dropout, a causal mask or grouped queries")
+    rank = len(query.shape)
+    swapped = (*range(rank - 2), rank - 1, rank - 2)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    products = op.MatMul(op.Mul(query, _number(factor, query)), op.Transpose(key, perm=swapped))
+    if attn_mask is not None:
+        if attn_mask.dtype == ir.DataType.BOOL:
+            zero, least = _number(0.0, query), _number(float("-inf"), query)
+            attn_mask = op.Where(attn_mask, zero, least)
+        products = op.Add(products, attn_mask)
+    return op.MatMul(op.Softmax(products, axis=-1), value)
+
+
+def _number(number: float, like: Any) -> Any:
+    dtype = ir.tensor_adapters.to_torch_dtype(like.dtype)
+    value: Any = ir.tensor_adapters.TorchTensor(torch.tensor(number, dtype=dtype))
+    return op.Constant(value=value)
+
+
+def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
+    """Torch's own translation takes no shift that depends on a size, such as half of the batch."""
+    if len(shifts) != len(dims):
+        raise NotImplementedError("a roll without axes")
+    rank = len(self.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        axis = dim % rank
+        length = op.Shape(self, start=axis, end=axis + 1)
+        by = _one(shift) if isinstance(shift, int) else op.Reshape(shift, _one(-1))
+        cut = op.Mod(op.Sub(length, by), length)
+        front, back = (
+            op.Slice(self, _one(0), cut, _one(axis)),
+            op.Slice(self, cut, length, _one(axis)),
+        )
+        self = op.Concat(back, front, axis=axis)
+    return self
+
+
+def _one(number: int) -> Any:
+    return op.Constant(value_ints=[number])
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten.roll.default: _roll,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}
 
 
 @cache
-def _known_operations() -> set[Any]:
+def _registry() -> _registration.ONNXRegistry:
+    """How operations are translated."""
     with _quiet():
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
-    direct = set(_decomp.get_onnx_implemented_overloads(registry)) | set(_TRANSLATIONS)
-    return direct | set(_decomp.create_onnx_friendly_decomposition_table(direct))
+    for target, translation in _TRANSLATIONS.items():
+        registry.register_op(target, translation)
+    return registry
+
+
+@cache
+def _translated() -> set[Any]:
+    """Operations with a translation of their own."""
+    return set(_decomp.get_onnx_implemented_overloads(_registry()))
+
+
+@cache
+def _decomposed() -> set[Any]:
+    """Operations that torch can say in terms of others."""
+    return set(_decomp.create_onnx_friendly_decomposition_table(_translated()))
+
+
+def _operations(graph: fx.Graph) -> Iterator[fx.Node]:
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            yield node
 
 
 def _check_interface(name: str, model: ir.Model, graph: NamedGraph, weights: int) -> None:
