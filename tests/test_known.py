@@ -319,6 +319,17 @@ def test_sessions_and_branches_are_independent(compiled: Compiled, batched: bool
             assert same(found[name], compiled.wanted(calls))
 
 
+def test_an_aborted_image_leaves_nothing_to_the_next(compiled: Compiled, batched: bool) -> None:
+    """Not even where the next one begins at another timestep and goes on at the same ones."""
+    run = runner(compiled, batched=batched, timesteps=TIMES)
+    first, second = image(1), [*later(image(2)[:2], -1), *image(2)[2:]]
+    assert not torch.equal(first[0][2], second[0][2])
+    play(run, first[:2])
+    with pytest.warns(UserWarning, match="ended after 2 of 6 steps"):
+        found = [run(*call, step=step) for step, call in enumerate(second)]
+    assert same(found, compiled.wanted(second))
+
+
 @pytest.mark.parametrize("at", range(STEPS))
 def test_a_failed_call_can_be_repeated(compiled: Compiled, batched: bool, at: int) -> None:
     artifact = compiled.artifact(timesteps=TIMES)
