@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,28 @@ class Artifact:
     device: torch.device
     compiled: dict[str, Path] = field(default_factory=dict)
 
-    def runner(self, *, track: Track = "timestep", backend: str | None = None) -> Runner:
+    def runner(
+        self,
+        *,
+        track: Track = "timestep",
+        backend: str | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> Runner:
         """A callable with the traced model's signature.
 
         Args:
             track: how the step of a call is found: ``timestep`` or ``count``.
             backend: another backend than the artifact was compiled for.
+            timesteps: the sampler's, in place of the schedule's; see :class:`Runner`.
 
         Raises:
             BackendError: unknown backend.
+            SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         """
         exact = get_backend(backend or self.backend).exact
         prologues = Prologues.of(self.program, self.prologues, batched=not exact)
-        return Runner(self.program, self.functions(backend), self.weights, track, prologues)
+        functions = self.functions(backend)
+        return Runner(self.program, functions, self.weights, track, prologues, timesteps)
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.

@@ -121,7 +121,7 @@ def compile(
         args: example inputs; the model's own ``example_inputs()`` where left out. The first
             dimension of the first tensor is the batch.
         kwargs: example inputs by name.
-        backend: what runs the graphs: ``eager``, ``inductor``, ``onnx`` or ``tensorrt``.
+        backend: what runs the graphs: ``eager``, ``inductor``, ``aoti``, ``onnx``, ``tensorrt``.
         out: folder to write the artifact to.
         dynamic_batch: let the batch vary where torch.export can.
         varying: inputs that differ from step to step, beside the first one and the timestep. All
@@ -181,6 +181,7 @@ def load(
     *,
     track: Track = "timestep",
     backend: str | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> Runner:
     """A compiled model, callable as the traced one was; needs no model code.
 
@@ -189,13 +190,17 @@ def load(
         device: where a folder's weights go.
         track: how the step of a call is found: from its ``timestep``, or by ``count``.
         backend: another backend than the artifact was compiled for.
+        timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
+            Steps are found by them, and what depends on them alone is computed ahead from the
+            first step on; with ``track="count"`` they are taken as said, calls' are not looked at.
 
     Raises:
+        SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         ArtifactError: the folder is missing, half-written, damaged, edited or newer.
     """
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact, device)
-    return artifact.runner(track=track, backend=backend)
+    return artifact.runner(track=track, backend=backend, timesteps=timesteps)
 
 
 def example_inputs(

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from .batching import over_steps
 from .errors import SessionError
-from .graph import StepGraph, copy_module, merge_prologues
+from .graph import StepGraph, merge_prologues
 from .program import Program
-from .tracking import Tracking
+from .tracking import Tracking, timestep_input
 
 _REQUEST = "request"
 StepFunction = Callable[..., Sequence[Tensor]]  # a graph that can be called
@@ -24,13 +25,13 @@ class Prologues:
     Attributes:
         request: those that no step changes; None where there are none.
         steps: one a variant, those of one step; None where there are none.
-        batched: compute them for all steps of a variant in one go, as far as timesteps are known.
-            Products then round differently in the last digit.
+        ahead: one a variant, those of several steps, see :func:`cachegraph.batching.over_steps`;
+            None where each step's are computed when it runs.
     """
 
-    request: fx.GraphModule | None
-    steps: tuple[fx.GraphModule | None, ...]
-    batched: bool
+    request: fx.GraphModule | None = None
+    steps: tuple[fx.GraphModule | None, ...] = ()
+    ahead: tuple[StepFunction | None, ...] = ()
 
     @classmethod
     def of(
@@ -39,12 +40,21 @@ class Prologues:
         """The graphs by their names.
 
         Args:
-            program: for the names of the variants.
+            program: for the variants.
             modules: as :func:`named_prologues` names them.
-            batched: see the attribute.
+            batched: compute the values of all steps of a variant in one go, as far as timesteps
+                are known and the variant allows it. Products then round differently in the last
+                digit.
         """
         steps = tuple(modules.get(_prologue(v.name)) for v in program.variants)
-        return cls(modules.get(_REQUEST), steps, batched)
+        clock = timestep_input(program.signature)
+        ahead = tuple(
+            over_steps(module, clock)
+            if batched and module is not None and clock is not None and not variant.step_by_step
+            else None
+            for module, variant in zip(steps, program.variants, strict=True)
+        )
+        return cls(modules.get(_REQUEST), steps, ahead)
 
 
 def named_prologues(graphs: Sequence[StepGraph]) -> dict[str, fx.GraphModule]:
@@ -86,8 +96,9 @@ class _Lasting:
 class KnownValues:
     """The known values of one trajectory.
 
-    The timesteps of later steps are those of the schedule or, where it names none, those of the
+    The timesteps of later steps are those of the program or, where it has none, those of the
     trajectory before; a step whose timestep turns out to be another one is computed by itself.
+    Where steps are counted a call's timestep is not looked at, so there the program's are used.
     """
 
     def __init__(self, program: Program, prologues: Prologues, tracking: Tracking) -> None:
@@ -109,9 +120,12 @@ class KnownValues:
         self._rows.clear()
         request = self._prologues.request
         self._request = tuple(request(*inputs)) if request is not None else ()
-        clock = self._tracking.input
-        if clock is not None and self._program.timesteps is not None:
-            self.expect(self._program.timesteps, inputs[clock])
+        clock, times = self._tracking.input, self._program.timesteps
+        if clock is not None and times is not None:
+            # Calls may round them differently; what was learned of that is kept.
+            learned = self._times.get(0)
+            if learned is None or learned.shape != inputs[clock].shape:
+                self.expect(times, inputs[clock])
 
     def expect(self, times: Sequence[float], like: Tensor) -> None:
         """Take these for the timesteps of the trajectories to come, until calls differ.
@@ -155,7 +169,7 @@ class KnownValues:
     def _is_expected(self, step: int, inputs: Sequence[Tensor]) -> bool:
         """Whether the call has the timestep that it was expected to have; remembers it."""
         clock = self._tracking.input
-        if clock is None or not self._prologues.batched:
+        if clock is None or self._prologues.ahead[self._program.steps[step].variant] is None:
             return False
         if self._tracking.counting:  # the timestep is not looked at
             return self._program.timesteps is not None
@@ -170,11 +184,11 @@ class KnownValues:
         """The values of a step and, ahead of time, of the later steps of its variant."""
         program, clock = self._program, self._tracking.input
         variant = program.steps[step].variant
-        prologue = self._prologues.steps[variant]
-        if prologue is None:
+        compute, compute_ahead = self._prologues.steps[variant], self._prologues.ahead[variant]
+        if compute is None:
             raise LookupError(f"variant {variant} has no prologue")
-        if not ahead or clock is None:
-            self._rows[step] = tuple(prologue(*inputs))
+        if not ahead or clock is None or compute_ahead is None:
+            self._rows[step] = tuple(compute(*inputs))
             return
         steps = [
             s
@@ -185,11 +199,12 @@ class KnownValues:
         ]
         given = list(inputs)
         given[clock] = torch.stack([self._times[s] for s in steps])
-        batch = tuple(0 if i == clock else None for i in range(len(given)))
-        values = torch.vmap(_with_plain_sizes(prologue), in_dims=batch)(*given)
+        values = compute_ahead(*given)
         for i, later in enumerate(steps):
             # Clones, so that a step's values are freed after it.
-            self._rows[later] = tuple(value[i].clone() for value in values)
+            self._rows[later] = tuple(
+                value[i].clone(memory_format=torch.contiguous_format) for value in values
+            )
 
     def _check_lasting(self, step: int, inputs: Sequence[Tensor]) -> None:
         for index, lasting in zip(self._program.lasting, self._lasting, strict=True):
@@ -203,15 +218,6 @@ class KnownValues:
                     remedy=f"compile with varying=[{name!r}] if it differs from step to step; "
                     "two images at a time need a run.session() each",
                 )
-
-
-def _with_plain_sizes(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph for vmap, which has no rule for the operator that takes a size."""
-    copied = copy_module(module)
-    for node in copied.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
-        node.op, node.target = "call_method", "size"
-    copied.recompile()
-    return copied
 
 
 def _version(tensor: Tensor) -> int:

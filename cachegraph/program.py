@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .action import Refresh, Row, sources
+from .batching import batching_problem
 from .binding import Binding
 from .cost import PlanCost
 from .graph import CONSTANT, StepGraph, request_values
@@ -18,6 +20,7 @@ from .site import Site
 from .slot import ORDER
 from .spec import SpecText, TensorSpec
 from .trace import TracedModel
+from .tracking import timestep_input
 from .variant import VALUES
 
 
@@ -51,12 +54,15 @@ class VariantLayout:
         writes: (site, value) of each output behind the model's.
         known: per known value, its index among those of the request, or None where it is the next
             of the step's own.
+        step_by_step: why known values cannot be computed for several steps at once; empty where
+            they can.
     """
 
     name: str
     inputs: tuple[SpecText, ...]
     writes: tuple[tuple[int, int], ...]
     known: tuple[int | None, ...] = ()
+    step_by_step: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def make_program(
         cost: what the plan costs.
     """
     request = [known.name for known in request_values(graphs)]
-    layouts = tuple(_layout(graph, request) for graph in graphs)
+    layouts = tuple(_layout(graph, request, traced) for graph in graphs)
     return Program(
         sites=plan.sites,
         rows=plan.rows,
@@ -153,7 +159,7 @@ def _lasting(graphs: Sequence[StepGraph]) -> tuple[int, ...]:
     return tuple(sorted(used))
 
 
-def _layout(graph: StepGraph, request: Sequence[str]) -> VariantLayout:
+def _layout(graph: StepGraph, request: Sequence[str], traced: TracedModel) -> VariantLayout:
     writes = tuple(
         (index, value)
         for index, (site, written) in enumerate(zip(graph.sites, graph.variant.writes, strict=True))
@@ -165,7 +171,13 @@ def _layout(graph: StepGraph, request: Sequence[str]) -> VariantLayout:
     known = tuple(
         request.index(k.name) if k.binding is Binding.REQUEST else None for k in graph.known
     )
-    return VariantLayout(graph.variant.name, inputs, writes, known)
+    problem = batching_problem(graph, timestep_input(traced.signature), traced.symbols)
+    if problem:
+        warnings.warn(
+            f"{graph.variant.name}: values known beforehand are computed step by step: {problem}",
+            stacklevel=2,
+        )
+    return VariantLayout(graph.variant.name, inputs, writes, known, problem)
 
 
 def _step(plan: Plan, graph: StepGraph, layout: VariantLayout, step: int) -> Step:

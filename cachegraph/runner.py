@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from .errors import SessionError
 from .known import KnownValues, Prologues, StepFunction
 from .program import Program
 from .spec import TensorSpec, evaluate
-from .tracking import Position, Track, Tracking, make_tracking
+from .tracking import Position, Track, Tracking, checked_timesteps, make_tracking
 from .variant import VALUES
 
 
@@ -133,6 +133,10 @@ class Runner(nn.Module):
         track: ``timestep`` finds the step of a call from its timestep; ``count`` takes every call
             for the next step, which spares reading a GPU tensor.
         prologues: what computes values that are known before a step runs, where there are any.
+        timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
+
+    Raises:
+        SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
 
     Attributes:
         config: the traced model's configuration (diffusers).
@@ -146,8 +150,12 @@ class Runner(nn.Module):
         weights: Mapping[str, Tensor],
         track: Track = "timestep",
         prologues: Prologues | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if timesteps is not None:
+            times = checked_timesteps(timesteps, len(program.steps), program.ascending)
+            program = replace(program, timesteps=times)
         self.program = program
         self.tracking: Tracking = make_tracking(
             program.signature,
@@ -158,7 +166,7 @@ class Runner(nn.Module):
         )
         self.config = ModelConfig(program.config)
         self.functions = tuple(functions)
-        self._prologues = prologues or Prologues(None, (None,) * len(functions), batched=False)
+        self._prologues = prologues or Prologues()
         self._weights = dict(weights)
         first = next(iter(weights.values()))
         self.device: torch.device = first.device

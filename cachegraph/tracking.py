@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -91,7 +92,7 @@ class Tracking:
                 raise SessionError(
                     f"timestep {time:g} is not one of the schedule's",
                     expected=f"{self._expected(position)}; nearest {known[near]:g}",
-                    remedy="set the sampler's timesteps in the schedule",
+                    remedy="set the sampler's in the schedule, or load with timesteps=[...]",
                 )
             return near
         if position.step < 0 or position.time is None:
@@ -147,6 +148,38 @@ def timestep_of(timestep: Tensor) -> float:
             remedy="say it: run(..., step=s)",
         )
     return float(values.pop())
+
+
+def checked_timesteps(timesteps: Sequence[float], steps: int, ascending: bool) -> tuple[float, ...]:
+    """A sampler's timesteps as plain numbers.
+
+    Args:
+        timesteps: one a step; numbers, or tensors of one element.
+        steps: model calls per trajectory.
+        ascending: whether time has to grow.
+
+    Raises:
+        SessionError: another count, not finite, or they do not fall (or grow).
+    """
+    times = tuple(map(float, timesteps))
+    order = "rise" if ascending else "fall"
+    expected = f"{steps} finite numbers that {order}, one a step"
+    if len(times) != steps:
+        found = str(len(times))
+    elif not all(map(math.isfinite, times)):
+        found = f"{next(t for t in times if not math.isfinite(t))}"
+    else:
+        turns = ((a, b) for a, b in pairwise(times) if not (a < b if ascending else a > b))
+        found = next((f"{b:g} after {a:g}" for a, b in turns), "")
+    if found:
+        raise SessionError(
+            "the timesteps do not fit the schedule",
+            expected=expected,
+            found=found,
+            remedy="give what the sampler passes to the model; the schedule's 'order:' says "
+            "whether they fall or rise",
+        )
+    return times
 
 
 def make_tracking(

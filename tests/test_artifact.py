@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -23,6 +21,7 @@ from cachegraph import artifact
 from cachegraph.artifact import Artifact, load_artifact
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.runner import Runner
+from tests.models import signed
 from tests.tiny import Tiny, call, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -181,20 +180,6 @@ def replaced(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-
-
-def signed(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
-    """Write fingerprints and digest anew, as one who means harm would."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["digest"]
-    for name, entry in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        digest = entry["sha256"] and hashlib.sha256(data).hexdigest()
-        entry.update(bytes=len(data), sha256=digest)
-    change(manifest)
-    text = json.dumps(manifest, sort_keys=True)
-    manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 GRAPH = "graphs/variant1.json"

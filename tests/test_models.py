@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import cachegraph as cg
+from cachegraph.known import Prologues
 from cachegraph.trace import TracedModel, trace
 from tests.models import (
     DATA,
@@ -128,6 +129,101 @@ def test_fora_equals_the_reference(case: Case, interval: int) -> None:
     assert {step for step, distance in enumerate(distances) if distance > 0.02} == (
         set(range(STEPS)) - computed
     )
+
+
+# --- what is known before a step runs
+
+# weights that only prologues have left: per request, and per step
+REQUEST = {
+    "zoo": "",
+    "DiTTransformer2D": "",
+    "PixArtTransformer2D": "attn2.to_k attn2.to_v",
+    "SD3Transformer": "context_embedder",
+    "FluxTransformer": "context_embedder",
+    "WanTransformer3D": "text_embedder attn2.to_k attn2.norm_k attn2.to_v rope",
+}
+STEP = {
+    "zoo": "t_embedder y_embedder adaLN_modulation",
+    "DiTTransformer2D": "timestep_embedder class_embedder norm1.linear proj_out_1",
+    "PixArtTransformer2D": "timestep_embedder adaln_single.linear scale_shift_table",
+    "SD3Transformer": "timestep_embedder text_embedder norm1.linear norm1_context norm_out.linear "
+    "0.attn.add_k_proj",
+    "FluxTransformer": "timestep_embedder text_embedder norm1.linear norm1_context norm.linear "
+    "norm_out.linear 0.attn.add_k_proj",
+    "WanTransformer3D": "time_embedder time_proj scale_shift_table",
+}
+ROTARY = {"FluxTransformer": 2, "WanTransformer3D": 4}  # tables: sine and cosine, for q and k
+
+
+def weights_of(module: fx.GraphModule) -> set[str]:
+    return {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+
+
+def test_what_is_known_leaves_the_steps(case: Case) -> None:
+    artifact = compile_traced(case.model, case.traced, fora(STEPS, 3))
+    left = set().union(*map(weights_of, artifact.graphs))
+    for prologue, parts in (("request", REQUEST), ("variant0-prologue", STEP)):
+        assert (prologue in artifact.prologues) == bool(parts[case.name])
+        made = weights_of(artifact.prologues[prologue]) if parts[case.name] else set()
+        for part in parts[case.name].split():
+            assert [name for name in made if part in name], part
+            assert not [name for name in left if part in name], part
+    layout = artifact.program.variants[0]
+    specs = layout.inputs[len(layout.inputs) - len(layout.known) :]
+    by_request = [s for s, i in zip(specs, layout.known, strict=True) if i is not None]
+    tables = [spec for spec in by_request if all(isinstance(size, int) for size in spec.shape)]
+    assert len(tables) == ROTARY.get(case.name, 0)
+
+
+def test_what_is_known_may_be_computed_for_many_steps_at_once(case: Case) -> None:
+    schedule, off = fora(STEPS, 3), ["hoist-known", "slice-columns"]
+    plain = cg.load(compile_traced(case.model, case.traced, schedule, disable=off))
+    wanted = [plain(**call) for call in case.calls]
+    artifact = compile_traced(case.model, case.traced, schedule)
+    assert [variant.step_by_step for variant in artifact.program.variants] == ["", ""]
+    before = Prologues.of(artifact.program, artifact.prologues, batched=True)
+    run = cg.Runner(artifact.program, artifact.graphs, artifact.weights, prologues=before)
+    for _ in range(2):  # the second time all timesteps are known
+        for call, result in zip(case.calls, wanted, strict=True):
+            assert relative_error(run(**call), result) <= 1e-6
+
+
+@torch.library.custom_op("cachegraph_tests::halves", mutates_args=())
+def halves(x: Tensor) -> list[Tensor]:
+    """An operator that torch cannot batch: it returns a list."""
+    return [x[:, :16].clone(), x[:, 16:].clone()]
+
+
+@halves.register_fake
+def _(x: Tensor) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], 16), x.new_empty(x.shape[0], x.shape[1] - 16)]
+
+
+class Halved(nn.Module):
+    """Modulation goes through an operator of the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.mlp = nn.Linear(1, 32), nn.Linear(32, 32)
+        self.back = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale, shift = halves(self.time(t[:, None]).exp())
+        modulation = torch.cat([shift, scale], dim=1)[:, None]
+        return x + self.back(torch.relu(self.mlp(x * modulation)))
+
+
+def test_what_cannot_be_batched_is_computed_step_by_step() -> None:
+    model = Halved().eval()
+    calls = [(torch.randn(2, 4, 32), torch.full((2,), 1 - step / 10)) for step in range(STEPS)]
+    with pytest.warns(UserWarning, match=r"variant0: values known .* step by step: .*halves"):
+        artifact = cg.compile(model, full(STEPS), calls[0], backend="eager")
+    before = Prologues.of(artifact.program, artifact.prologues, batched=True)
+    assert before.ahead == (None,)
+    run = cg.Runner(artifact.program, artifact.graphs, artifact.weights, prologues=before)
+    with torch.no_grad():
+        for _ in range(2):
+            assert all(torch.equal(run(*call), model(*call)) for call in calls)
 
 
 def test_reference_runner_traces_by_itself() -> None:

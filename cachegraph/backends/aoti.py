@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,8 @@ class Aoti:
         # Two graphs may be the same but for their names.
         todo = {path: name for name, path in wanted.items() if not path.is_file()}
         progress(f"compiling ahead of time: {', '.join(todo.values()) or 'all is in the cache'}")
-        _compile({path: jobs[name] for path, name in todo.items()}, todo, progress)
+        if todo:
+            _compile({path: jobs[name] for path, name in todo.items()}, todo, progress)
         for name, path in wanted.items():
             shutil.copyfile(path, folder / f"{name}.pt2")
         (folder / _BUILT_FOR).write_text(json.dumps(_machine(device)))
@@ -95,7 +97,8 @@ def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
         loaded.load_constants(used, check_full_update=True, user_managed=True)
 
     def call(*tensors: Tensor, _kept: Any = used) -> Sequence[Tensor]:
-        return loaded(*tensors)
+        # The library reads them as dense tensors, whatever their strides are.
+        return loaded(*(tensor.contiguous() for tensor in tensors))
 
     return call
 
@@ -131,11 +134,15 @@ def _described(machine: Mapping[str, str]) -> str:
     return f"{machine['device']} {machine['kind']}, torch {machine['torch']}"
 
 
-def _cached(job: str) -> Path:
+def _cache() -> Path:
     root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
     folder = Path(root) / "aoti"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{hashlib.sha256(job.encode()).hexdigest()}.pt2"
+    return folder
+
+
+def _cached(job: str) -> Path:
+    return _cache() / f"{hashlib.sha256(job.encode()).hexdigest()}.pt2"
 
 
 def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Progress) -> None:
@@ -144,29 +151,37 @@ def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Prog
     Raises:
         BackendError: one of them failed; the others are stopped.
     """
-    with tempfile.TemporaryDirectory(prefix="cachegraph-") as scratch:
+    # In the cache, so that what is done can be renamed into it.
+    with tempfile.TemporaryDirectory(prefix="compiling-", dir=_cache()) as folder:
+        scratch = Path(folder)
         waiting, running = list(jobs), dict[Path, subprocess.Popen[bytes]]()
         try:
             while waiting or running:
                 while waiting and len(running) < (os.cpu_count() or 1):
                     path = waiting.pop(0)
-                    running[path] = _start(jobs[path], path, Path(scratch))
+                    running[path] = _start(jobs[path], scratch / path.name)
                 for path in _finished(running):
-                    process = running.pop(path)
-                    if process.returncode:
-                        raise _failure(names[path], Path(scratch) / f"{path.stem}.log")
+                    if running.pop(path).returncode:
+                        raise _failure(names[path], (scratch / path.name).with_suffix(".log"))
+                    (scratch / path.name).rename(path)
                     progress(f"compiled {names[path]}, {len(waiting) + len(running)} to go")
         finally:
             for process in running.values():
-                process.kill()
-                process.wait()
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # the compiler that it started, too
+                    process.wait()
 
 
-def _start(job: str, path: Path, scratch: Path) -> subprocess.Popen[bytes]:
-    (scratch / f"{path.stem}.json").write_text(job)
-    command = [sys.executable, "-m", _WORKER, str(scratch / f"{path.stem}.json"), str(path)]
-    with (scratch / f"{path.stem}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+def _start(job: str, target: Path) -> subprocess.Popen[bytes]:
+    source, log = target.with_suffix(".json"), target.with_suffix(".log")
+    source.write_text(job)
+    command = [sys.executable, "-m", _WORKER, str(source), str(target)]
+    # What torch leaves in its temporary folder is gone with ours.
+    env = os.environ | {"TMPDIR": str(target.parent)}
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
 
 
 def _finished(running: Mapping[Path, subprocess.Popen[bytes]]) -> Iterator[Path]:

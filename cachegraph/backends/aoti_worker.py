@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ _OPTIONS = {
 
 
 def main() -> None:
-    """Compile; the file appears when it is whole."""
+    """Compile the job to the file."""
     source, target = map(Path, sys.argv[1:])
     job = json.loads(source.read_text())
     device = torch.device(job["built_for"]["device"])
@@ -36,11 +35,9 @@ def main() -> None:
     module = fx.GraphModule(weights_module(weights), graph)
     inputs = [TensorSpec.parse(text) for text in job["inputs"]]
     program = export_graph(module, inputs, job["sizes"], device)
-    partial = target.with_name(f"{target.stem}.{os.getpid()}.pt2")
     torch._inductor.aoti_compile_and_package(
-        program, package_path=str(partial), inductor_configs=_OPTIONS
+        program, package_path=str(target), inductor_configs=_OPTIONS
     )
-    partial.rename(target)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""The ahead-of-time backend: one small model, compiled once for all tests of this file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import cachegraph as cg
+from cachegraph.artifact import load_artifact
+from cachegraph.backends import aoti
+from cachegraph.errors import BackendError
+from cachegraph.trace import TracedModel, trace
+from tests.models import (
+    Call,
+    compile_traced,
+    dit_steps,
+    fora,
+    one_thread,  # noqa: F401
+    relative_error,
+    signed,
+    tiny_dit,
+)
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+SCHEDULE = fora(STEPS, 3)
+TIMES = [90 - 10 * step for step in range(9)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The compile cache, empty at first."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHEGRAPH_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def traced() -> TracedModel:
+    return trace(tiny_dit(depth=1), dit_steps(1)[0])
+
+
+@pytest.fixture(scope="module")
+def original(traced: TracedModel, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one that takes its time."""
+    out = tmp_path_factory.mktemp("saved") / "dit.cgraph"
+    compile_traced(tiny_dit(depth=1), traced, SCHEDULE, backend="aoti", out=out)
+    return out
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(original, tmp_path / "dit.cgraph"))
+
+
+def play(run: cg.Runner, calls: Sequence[Call]) -> list[Tensor]:
+    return [run(*call) for call in calls]
+
+
+def worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("batch", [2, 5, 1])
+def test_equal_to_eager(original: Path, batch: int) -> None:
+    run, eager = cg.load(original), cg.load(original, backend="eager")
+    for seed in (1, 2):  # the second time all timesteps are known
+        calls = dit_steps(STEPS, batch=batch, seed=seed)
+        assert worst(play(run, calls), play(eager, calls)) <= 1e-5
+
+
+def test_inputs_may_lie_in_memory_as_they_like(original: Path) -> None:
+    run, eager = cg.load(original), cg.load(original, backend="eager")
+    calls = dit_steps(STEPS)
+    strided = [(x.to(memory_format=torch.channels_last), t[:1].expand(2), y) for x, t, y in calls]
+    assert not strided[0][0].is_contiguous()
+    assert worst(play(run, strided), play(eager, calls)) <= 1e-5
+
+
+IN_A_NEW_PROCESS = """
+import sys
+sys.modules["cachegraph.zoo"] = None  # importing it is an error now
+import cachegraph
+from safetensors.torch import load_file, save_file
+run = cachegraph.load(sys.argv[1])
+calls = load_file(sys.argv[2])
+steps = range(len(calls) // 3)
+save_file({f"{s}": run(*(calls[f"{n}{s}"] for n in "xty")) for s in steps}, sys.argv[3])
+"""
+
+
+def test_it_runs_where_nothing_can_be_compiled(original: Path, tmp_path: Path) -> None:
+    calls = dit_steps(STEPS)
+    given = {f"{n}{s}": v for s, c in enumerate(calls) for n, v in zip("xty", c, strict=True)}
+    save_file({name: tensor.clone() for name, tensor in given.items()}, tmp_path / "calls")
+    (tmp_path / "empty").mkdir()
+    nowhere = dict.fromkeys(["CACHEGRAPH_CACHE", "TORCHINDUCTOR_CACHE_DIR", "PATH"], "empty")
+    env = os.environ | nowhere | {"CXX": "/bin/false", "PYTHONPATH": str(ROOT)}
+    arguments = [original, tmp_path / "calls", tmp_path / "results"]
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, *map(str, arguments)]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    assert not list((tmp_path / "empty").iterdir())
+    found = load_file(tmp_path / "results")
+    wanted = play(cg.load(original, backend="eager"), calls)
+    assert worst([found[f"{s}"] for s in range(STEPS)], wanted) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("schedule", "seed"),
+    [(SCHEDULE, 0), (fora(STEPS, 2), 0), (fora(9, 4, timesteps=TIMES), 0), (SCHEDULE, 1)],
+    ids=["nothing", "interval", "steps", "weights"],
+)
+def test_what_differs_in_numbers_only_is_not_compiled_again(
+    original: Path, traced: TracedModel, cache: Path, schedule: dict[str, object], seed: int
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    said: list[str] = []
+    artifact = compile_traced(
+        tiny_dit(seed, depth=1), traced, schedule, backend="aoti", progress=said.append
+    )
+    assert "compiling ahead of time: all is in the cache" in said
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+    assert len(before) == 3  # a folder with a file for each variant
+    steps = len(artifact.program.steps)
+    calls = [
+        (x, torch.full_like(t, 90 - 10 * i), y) for i, (x, t, y) in enumerate(dit_steps(steps))
+    ]
+    wanted = play(artifact.runner(backend="eager"), calls)
+    assert worst(play(artifact.runner(), calls), wanted) <= 1e-5
+
+
+def test_weights_are_not_copied(original: Path) -> None:
+    """What is written to the artifact's weights is seen by every runner."""
+    artifact, calls = load_artifact(original), dit_steps(STEPS)
+    runners = [artifact.runner(), artifact.runner()]
+    before = [play(run, calls) for run in runners]
+    with torch.no_grad():
+        for name, weight in artifact.weights.items():
+            if name.startswith("blocks"):
+                weight.mul_(1.5)
+    wanted = play(artifact.runner(backend="eager"), calls)
+    for run, old in zip(runners, before, strict=True):
+        assert worst(play(run, calls), wanted) <= 1e-5
+        assert worst(old, wanted) > 0.01
+    assert worst(play(cg.load(original), calls), before[0]) == 0  # the file is as it was
+
+
+def test_an_artifact_of_another_machine_is_refused(folder: Path) -> None:
+    path = folder / "compiled/aoti/built_for.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "sm_90"}))
+    signed(folder)
+    with pytest.raises(BackendError) as caught:
+        cg.load(folder)
+    assert "the artifact was compiled for another machine; expected cpu sm_90, torch" in str(
+        caught.value
+    )
+    assert "load it with backend='inductor'" in str(caught.value)
+    assert cg.load(folder, backend="eager")(*dit_steps(1)[0]).shape == (2, 8, 8, 8)
+
+
+def fails_and_leaves_nothing(
+    traced: TracedModel, tmp_path: Path, patch: pytest.MonkeyPatch
+) -> BackendError:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    patch.setenv("CACHEGRAPH_CACHE", str(tmp_path / "cache"))
+    patch.setattr(tempfile, "tempdir", str(temporary))
+    patch.setenv("TMPDIR", str(temporary))
+    with pytest.raises(BackendError) as caught:
+        compile_traced(
+            tiny_dit(depth=1), traced, SCHEDULE, backend="aoti", out=tmp_path / "out/dit"
+        )
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert sorted(left) == ["aoti", "cache", "out", "tmp"]
+    return caught.value
+
+
+def test_a_failure_names_the_graph(
+    traced: TracedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aoti, "_WORKER", "no_such_worker")
+    error = fails_and_leaves_nothing(traced, tmp_path, monkeypatch)
+    assert error.place in ("variant0", "variant1")
+    assert error.what == "a graph could not be compiled ahead of time"
+    assert error.found.endswith("No module named no_such_worker")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_named(
+    traced: TracedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    error = fails_and_leaves_nothing(traced, tmp_path, monkeypatch)
+    assert error.place in ("variant0", "variant1")
+    assert "/bin/false" in error.found
