@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 
 from .artifact import Artifact
 from .backends import Progress
+from .backends.onnx import Onnx
 from .folders import refuse_foreign, written_whole
-from .named import NamedGraph, named_graphs
+from .known import REQUEST, prologue_name
+from .named import NamedGraph, named_graphs, named_prologues
 from .program import Program
 from .weights import WEIGHTS_FILE, distinct, save_weights
 
@@ -41,6 +43,8 @@ class LoopStep:
         graph: name of the graph that it runs.
         slots: input -> where its tensor comes from.
         constants: input -> its numbers.
+        prologues: names of the graphs to run before, from the model's inputs.
+        known: inputs that take the output of their own name of a prologue, of this step or earlier.
         keep: outputs that a later step takes.
         free: what no later step takes any more.
     """
@@ -48,16 +52,21 @@ class LoopStep:
     graph: str
     slots: Mapping[str, Source]
     constants: Mapping[str, Any]
+    prologues: tuple[str, ...]
+    known: tuple[str, ...]
     keep: tuple[str, ...]
     free: tuple[Source, ...]
 
 
-def loop_steps(program: Program, graphs: Mapping[str, NamedGraph]) -> tuple[LoopStep, ...]:
+def loop_steps(
+    program: Program, graphs: Mapping[str, NamedGraph], prologues: Collection[str]
+) -> tuple[LoopStep, ...]:
     """What every step takes and hands out, by name.
 
     Args:
         program: the compiled loop.
         graphs: its graphs by name.
+        prologues: names of the graphs of what is known beforehand.
     """
     model_inputs, model_outputs = len(program.signature.inputs), len(program.signature.outputs)
     made: dict[tuple[int, int, int], str] = {}
@@ -77,12 +86,20 @@ def loop_steps(program: Program, graphs: Mapping[str, NamedGraph]) -> tuple[Loop
     for step, (entry, taken) in enumerate(zip(program.steps, slots, strict=True)):
         name = program.variants[entry.variant].name
         inputs = list(graphs[name].inputs)
-        constants = inputs[len(inputs) - len(entry.constants) :]
+        known = program.variants[entry.variant].known
+        end = len(inputs) - len(known)
+        constants = inputs[end - len(entry.constants) : end]
+        before = [
+            *([REQUEST] if step == 0 else []),
+            *([prologue_name(name)] if None in known else []),
+        ]
         found.append(
             LoopStep(
                 name,
                 taken,
                 dict(zip(constants, entry.constants, strict=True)),
+                tuple(name for name in before if name in prologues),
+                tuple(inputs[end:]),
                 tuple(o for o in graphs[name].outputs if Source(step, o) in last),
                 tuple(source for source, end in last.items() if end == step),
             )
@@ -106,10 +123,13 @@ def export_onnx(artifact: Artifact, path: str | Path, progress: Progress) -> Pat
     refuse_foreign(target, LOOP, "exported loop")
     artifact.compile_ahead("onnx", progress)
     graphs = named_graphs(artifact.program, artifact.graphs)
-    steps = loop_steps(artifact.program, graphs)
+    prologues = named_prologues(artifact.program, artifact.prologues)
+    steps = loop_steps(artifact.program, graphs, prologues)
     with written_whole(target) as folder:
         for name in graphs:
             shutil.copy(artifact.compiled["onnx"] / f"{name}.onnx", folder)
+        Onnx().emit(prologues, artifact.weights, folder, progress)
+        graphs |= prologues
         progress("writing the weights")
         save_weights(distinct(artifact.weights)[0], folder / WEIGHTS_FILE)
         (folder / LOOP).write_text(json.dumps(_loop(artifact.program, graphs, steps)) + "\n")
@@ -153,10 +173,13 @@ def _readme(program: Program, graphs: Mapping[str, NamedGraph], steps: tuple[Loo
         "",
         "```",
         "kept = {}                                  # (step, output) -> tensor",
+        "known = {}                                 # what prologues compute, by name",
         "for s, step in enumerate(loop.steps):",
+        "    known.update(run(graphs[name].file, model's inputs))    for name in step.prologues",
         "    feed = model's inputs of this call",
         "    feed[name] = kept[source.step, source.output]   for name, source in step.slots",
         "    feed[name] = numbers                            for name, numbers in step.constants",
+        "    feed[name] = known[name]                        for name in step.known",
         "    results = run(graphs[step.graph].file, feed)",
         "    kept[s, name] = results[name]                   for name in step.keep",
         "    delete kept[source.step, source.output]         for source in step.free",

@@ -14,7 +14,7 @@ from .graph import StepGraph, merge_prologues
 from .program import Program
 from .tracking import Tracking, timestep_input
 
-_REQUEST = "request"
+REQUEST = "request"
 StepFunction = Callable[..., Sequence[Tensor]]  # a graph that can be called
 
 
@@ -46,7 +46,7 @@ class Prologues:
                 are known and the variant allows it. Products then round differently in the last
                 digit.
         """
-        steps = tuple(modules.get(_prologue(v.name)) for v in program.variants)
+        steps = tuple(modules.get(prologue_name(v.name)) for v in program.variants)
         clock = timestep_input(program.signature)
         ahead = tuple(
             over_steps(module, clock)
@@ -54,7 +54,7 @@ class Prologues:
             else None
             for module, variant in zip(steps, program.variants, strict=True)
         )
-        return cls(modules.get(_REQUEST), steps, ahead)
+        return cls(modules.get(REQUEST), steps, ahead)
 
 
 def named_prologues(graphs: Sequence[StepGraph]) -> dict[str, fx.GraphModule]:
@@ -66,12 +66,13 @@ def named_prologues(graphs: Sequence[StepGraph]) -> dict[str, fx.GraphModule]:
     Returns:
         ``request``, and ``variant0-prologue`` and so on, where there is something to compute.
     """
-    found = {_prologue(g.variant.name): g.prologue for g in graphs if g.prologue is not None}
+    found = {prologue_name(g.variant.name): g.prologue for g in graphs if g.prologue is not None}
     request = merge_prologues([g.request for g in graphs if g.request is not None])
-    return found if request is None else {_REQUEST: request, **found}
+    return found if request is None else {REQUEST: request, **found}
 
 
-def _prologue(variant: str) -> str:
+def prologue_name(variant: str) -> str:
+    """The name of a variant's prologue."""
     return f"{variant}-prologue"
 
 

@@ -79,6 +79,34 @@ def named_graphs(program: Program, graphs: Sequence[fx.GraphModule]) -> dict[str
     return found
 
 
+def named_prologues(
+    program: Program, modules: Mapping[str, fx.GraphModule]
+) -> dict[str, NamedGraph]:
+    """The graphs of what is known beforehand; an output is called as the input that takes it.
+
+    Args:
+        program: says how the model is called.
+        modules: by name, over the model's inputs.
+    """
+    found = {}
+    labels = {program.batch: BATCH} if program.batch else {}
+    for name, module in modules.items():
+        placeholders = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
+        specs = [spec for _, spec in program.signature.inputs]
+        symbols = set().union(*(spec.symbols() for spec in specs))
+        returned: dict[str, fx.Node] = {}
+        for node in _returned(module):
+            value: Any = node.args[0]
+            returned[f"known_{value.name}"] = node
+        found[name] = NamedGraph(
+            module,
+            {k: s.renamed(labels) for k, s in zip(placeholders, specs, strict=True)},
+            {key: _spec_of(node).renamed(labels) for key, node in returned.items()},
+            {labels.get(s, s): (size,) for s, size in program.symbols.items() if s in symbols},
+        )
+    return found
+
+
 def _sizes(
     program: Program, variant: int, inputs: Mapping[str, TensorSpec]
 ) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ import cachegraph as cg
 from cachegraph.bundle import LOOP, export_onnx, loop_steps
 from cachegraph.cli import app
 from cachegraph.errors import ArtifactError
-from cachegraph.named import named_graphs
+from cachegraph.named import named_graphs, named_prologues
 from cachegraph.zoo import sample_digits
 from cachegraph.zoo.digits import IMAGE_SHAPE, load_digits_model
 from tests.models import (
@@ -45,17 +45,21 @@ def made() -> cg.Artifact:
 def test_a_loop_by_its_names_alone_is_the_runner(made: cg.Artifact) -> None:
     """Steps, slots and constants as the exported loop says them, over the graphs themselves."""
     graphs = named_graphs(made.program, made.graphs)
-    run, kept = cg.load(made), {}
-    for number, (step, call) in enumerate(
-        zip(loop_steps(made.program, graphs), dit_steps(7), strict=True)
-    ):
+    prologues = named_prologues(made.program, made.prologues)
+    steps = loop_steps(made.program, graphs, prologues)
+    run, kept, known = cg.load(made), {}, {}
+    for number, (step, call) in enumerate(zip(steps, dit_steps(7), strict=True)):
         graph = graphs[step.graph]
+        for name in step.prologues:
+            values = prologues[name].module(*call)
+            known |= dict(zip(prologues[name].outputs, values, strict=True))
         feed: dict[str, Any] = dict(zip("xty", call, strict=True))
         feed |= {name: kept[source.step, source.output] for name, source in step.slots.items()}
         feed |= {
             name: torch.tensor(numbers, dtype=graph.inputs[name].dtype)
             for name, numbers in step.constants.items()
         }
+        feed |= {name: known[name] for name in step.known}
         assert list(feed) == list(graph.inputs)
         results = dict(zip(graph.outputs, graph.module(*feed.values()), strict=True))
         kept |= {(number, name): results[name] for name in step.keep}
@@ -75,7 +79,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["export", str(folder / "d.cgraph"), "--to", "onnx", "-o", str(folder / "onnx")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "onnx: 2 graphs, " in result.output
+    assert "onnx: 4 graphs, " in result.output
     return folder
 
 

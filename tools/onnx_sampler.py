@@ -1,7 +1,4 @@
-"""Sample digits from a folder that `cachegraph export` wrote: numpy and onnxruntime, nothing else.
-
-python tools/onnx_sampler.py FOLDER OUT.npy [--labels 0,1,2] [--noise NOISE.npy]
-"""
+"""Sample digits from a folder of `cachegraph export`, with numpy and onnxruntime alone."""
 
 import argparse
 import json
@@ -16,7 +13,7 @@ class Loop:
 
     def __init__(self, folder: Path) -> None:
         self.plan = json.loads((folder / "loop.json").read_text())
-        self.graphs, self.kept = self.plan["graphs"], {}
+        self.graphs, self.kept, self.known = self.plan["graphs"], {}, {}
         for graph in self.graphs.values():
             graph["session"] = onnxruntime.InferenceSession(folder / graph["file"])
 
@@ -24,8 +21,11 @@ class Loop:
         step = self.plan["steps"][number]
         graph = self.graphs[step["graph"]]
         feed = dict(zip(self.plan["model_inputs"], given, strict=True))
-        for name, source in step["slots"].items():
-            feed[name] = self.kept[source["step"], source["output"]]
+        for name in step["prologues"]:
+            results = self.graphs[name]["session"].run(None, feed)
+            self.known.update(zip(self.graphs[name]["outputs"], results, strict=True))
+        feed |= {name: self.known[name] for name in step["known"]}
+        feed |= {name: self.kept[s["step"], s["output"]] for name, s in step["slots"].items()}
         for name, numbers in step["constants"].items():
             feed[name] = np.array(numbers, {"f32": "f4", "i64": "i8"}[graph["inputs"][name][:3]])
         names = [*self.plan["model_outputs"], *step["keep"]]

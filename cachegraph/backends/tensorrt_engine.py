@@ -14,8 +14,9 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from cachegraph.errors import BackendError
+from cachegraph.known import StepFunction
 from cachegraph.named import NamedGraph
-from cachegraph.runner import StepFunction
+from cachegraph.weights import is_stored, stored_weight
 
 from . import Progress
 from .onnx_graph import MODULE
@@ -228,7 +229,7 @@ def _refit(
     refitter = trt.Refitter(engine, log)
     kept = []  # TensorRT reads them when all are named
     for name in refitter.get_all_weights():
-        tensor = weights.get(name, small.get(name))
+        tensor = stored_weight(weights, name) if is_stored(weights, name) else small.get(name)
         if tensor is None or tensor.dtype not in _TYPES:
             raise _unusable(path, f"the engine asks for an unknown weight {name!r}", [])
         tensor = tensor.detach().contiguous()
