@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from .cli_options import (
 )
 from .cli_output import progress, show
 from .errors import CachegraphError, InputError
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
 
 
 def compile_model(
@@ -41,11 +44,9 @@ def compile_model(
     from .backends import get_backend
     from .compiler import compile
     from .passes import passes_without
-    from .picture import size, summary
     from .schedule import load_schedule
     from .sources import open_model
     from .trial import warm_up
-    from .view import view_artifact
 
     asked = load_schedule(schedule)
     get_backend(backend)  # a wrong name is told before any work
@@ -73,10 +74,18 @@ def compile_model(
         artifact = load_artifact(target)
         if backend == "inductor":
             warm_up(artifact, say)
+    _show_artifact(f"{source.name}, {name}", artifact, target)
+
+
+def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
+    """What was compiled, and where it is."""
+    from .picture import size, summary
+    from .view import view_artifact
+
     view = view_artifact(artifact)
-    show(summary(f"{source.name}, {name}", view.plan, view.cost, view.batch_text))
-    written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    show(f"artifact  {target}, {size(written)}, backend {backend}")
+    show(summary(heading, view.plan, view.cost, view.batch_text))
+    written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    show(f"artifact  {path}, {size(written)}, backend {artifact.backend}")
 
 
 def verify(
