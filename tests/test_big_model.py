@@ -70,14 +70,21 @@ found["peak"] = peak()
 
 stored = module_weights(traced)
 own = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+modules = [[m for m in (g.module, g.prologue, g.request) if m is not None] for g in graphs]
+ranges = [(start, start + stored[name].nbytes) for name, start in own.items()]
+named = [(m, n.target) for ms in modules for m in ms for n in m.graph.find_nodes(op="get_attr")]
+def pointer(module, name):
+    holder, _, leaf = name.partition("[")[0].rpartition(".")
+    return getattr(module.get_submodule(holder), name.removeprefix(f"{holder}.")).data_ptr()
 found["copied"] = [
-    node.target
-    for step in graphs
-    for node in step.graph.find_nodes(op="get_attr")
-    if step.module.get_parameter(node.target).data_ptr() != own[node.target]
-    or stored[node.target].data_ptr() != own[node.target]
+    name
+    for module, name in named
+    if not any(start <= pointer(module, name) < end for start, end in ranges)
 ]
-found["used"] = [len({n.target for n in g.graph.find_nodes(op="get_attr")}) for g in graphs]
+found["used"] = [
+    len({n.target.partition("[")[0] for m in ms for n in m.graph.find_nodes(op="get_attr")})
+    for ms in modules
+]
 found["all"] = len(own)
 found["sites"] = len(traced.sites)
 cost = plan_cost(plan, graphs, traced.module, stored, {traced.batch: 1})
