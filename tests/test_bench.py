@@ -90,7 +90,7 @@ class Clock:
 
 
 def test_graphs_without_choice_do_the_same_work_on_the_first_tokens(toca: Build) -> None:
-    partial = next(g for g in toca.graphs if any("tokens" in n.name for n in g.inputs))
+    partial = next(g for g in toca.graphs if any(n.name.startswith("tokens") for n in g.inputs))
     plain = without_choice(partial, "eager")
     assert plain is not None
     generator = torch.Generator().manual_seed(0)

@@ -303,8 +303,8 @@ WRONG = {
     "models",
     "inspect tiny-rows.cgraph --variant variant4": "unknown variant 'variant4'; expected variant0 "
     "to variant3; did you mean 'variant3'?",
-    "inspect tiny-rows.cgraph --sites --variant variant0": "--variant with --dot, --diff and "
-    "--sites exclude each other",
+    "inspect tiny-rows.cgraph --sites --variant variant0": "--variant with --dot, --diff, "
+    "--sites and --tokens exclude each other",
     "inspect half.cgraph": "half.cgraph: not an artifact, or one whose writing was interrupted; "
     "expected a manifest.json in it; compile it again",
     f"{VERIFY} tiny.safetensors --calls 7": "--calls: no such number of calls; expected 1 to 6, or "
