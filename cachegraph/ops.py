@@ -217,8 +217,12 @@ def entropy_score(entropy: Tensor) -> Tensor:
 
 def similarity_score(stream: Tensor, kept: Tensor) -> Tensor:
     """Scores ``(B, N)``: how little the stream resembles the kept value, both ``(B, N, C)``."""
-    alike = torch.nn.functional.cosine_similarity(stream.float(), kept.float(), dim=-1)
-    return torch.nn.functional.normalize(1 - alike, dim=-1)
+    # Not F.cosine_similarity, whose body writes in place.
+    first, second = (
+        value / torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp_min(1e-8)
+        for value in (stream.float(), kept.float())
+    )
+    return torch.nn.functional.normalize(1 - (first * second).sum(dim=-1), dim=-1)
 
 
 def norm_score(stream: Tensor) -> Tensor:

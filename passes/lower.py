@@ -73,9 +73,7 @@ def _traced(node: fx.Node) -> Body:
         return function(*args, **kwargs)
 
     with values[0].fake_mode, torch.no_grad():
-        # torch's own functions may write into what they have just made.
-        pure = torch.func.functionalize(call, remove="mutations")
-        body = make_fx(pure, tracing_mode="real")(*values)
+        body = make_fx(call, tracing_mode="real")(*values)
     body.graph.eliminate_dead_code()
     return body.graph, body.graph.find_nodes(op="placeholder")
 

@@ -16,6 +16,7 @@ import cachegraph as cg
 from cachegraph.artifact import load_artifact
 from cachegraph.backends.tensorrt import TensorRT
 from cachegraph.errors import BackendError
+from cachegraph.known import Prologues
 from cachegraph.named import NamedGraph, named_graphs
 from cachegraph.runner import Runner
 from tests.models import (
@@ -92,7 +93,8 @@ def test_engines_compute_what_eager_does(
     folder: Path, artifact: cg.Artifact, graphs: dict[str, NamedGraph]
 ) -> None:
     functions = [opened(folder, artifact, graph, name) for name, graph in graphs.items()]
-    run = Runner(artifact.program, functions, artifact.weights)
+    before = Prologues.of(artifact.program, artifact.prologues, batched=False)
+    run = Runner(artifact.program, functions, artifact.weights, prologues=before)
     eager = artifact.runner(backend="eager")
     for batch in (1, 2, 8):
         for call in dit_steps(7, batch=batch):

@@ -332,7 +332,8 @@ def test_broken_pass_is_caught(rule: str, case: Case) -> None:
 
 def test_every_rule_has_a_broken_pass() -> None:
     names = {rule.__name__.removeprefix("_").replace("_", " ") for rule in RULES}
-    assert set(CASES) == names
+    # Prologues are made by hoist-known, whose tests break them.
+    assert {*CASES, "prologues agree"} == names
 
 
 @pytest.mark.parametrize("edit", [lambda step: None, lambda step: DropDead().apply(step)])
