@@ -30,6 +30,7 @@ from . import Progress
 
 _WORKER = "cachegraph.backends.aoti_worker"
 _BUILT_FOR = "built_for.json"
+_INLINED = 64  # elements; inductor writes the numbers of small weights (up to 8) into the code
 _TOKENS = 3  # an example for sizes that vary, the same whatever the schedule's numbers are
 
 
@@ -108,12 +109,14 @@ def _job(graph: NamedGraph, weights: Mapping[str, Tensor], device: torch.device)
     nodes = graph_to_json(graph.module.graph)
     for node in nodes:
         node.pop("spec", None)
-    used = sorted({str(n.target) for n in graph.module.graph.find_nodes(op="get_attr")})
+    names = sorted({str(n.target) for n in graph.module.graph.find_nodes(op="get_attr")})
+    used = {name: stored_weight(weights, name) for name in names}
     sizes = graph.example_sizes()
     return json.dumps(
         {
             "nodes": nodes,
-            "weights": {name: str(TensorSpec.of(stored_weight(weights, name))) for name in used},
+            "weights": {name: str(TensorSpec.of(tensor)) for name, tensor in used.items()},
+            "values": {k: t.tolist() for k, t in used.items() if t.numel() <= _INLINED},
             "inputs": [str(spec) for spec in graph.inputs.values()],
             "sizes": {name: sizes[name] if name == BATCH else _TOKENS for name in sizes},
             "built_for": _machine(device),
