@@ -104,7 +104,8 @@ from safetensors.torch import load_file, save_file
 run = cachegraph.load(sys.argv[1])
 calls = load_file(sys.argv[2])
 steps = range(len(calls) // 3)
-save_file({f"{s}": run(*(calls[f"{n}{s}"] for n in "xty")) for s in steps}, sys.argv[3])
+found = [run(*(calls[f"{n}{s}"] for n in "xty")).contiguous() for s in steps]
+save_file({f"{s}": tensor for s, tensor in enumerate(found)}, sys.argv[3])
 """
 
 
@@ -172,7 +173,7 @@ def test_an_artifact_of_another_machine_is_refused(folder: Path) -> None:
         caught.value
     )
     assert "load it with backend='inductor'" in str(caught.value)
-    assert cg.load(folder, backend="eager")(*dit_steps(1)[0]).shape == (2, 8, 8, 8)
+    assert cg.load(folder, backend="eager")(*dit_steps(1)[0]).shape == (2, 4, 8, 8)
 
 
 def fails_and_leaves_nothing(
