@@ -149,7 +149,7 @@ def result_table(entries: list[Contestant], rounds: int) -> Table:
         closeness = psnr(torch.cat(entry.images), torch.cat(compiled.images))
         table.add_row(
             entry.name,
-            f"{entry.computed:g}",
+            f"{entry.computed:.3g}",
             f"{entry.gflops:.2f}",
             f"{seconds / len(CLASSES):.3f}",
             f"{statistics.median(compiled.seconds) / seconds:.2f}x",
