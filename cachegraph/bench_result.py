@@ -101,7 +101,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Quality:
-    """Images: mean PSNR to the uncached model's in dB, and the share that shows what was asked for."""
+    """Mean PSNR to the uncached model's images in dB; share that shows what was asked for."""
 
     psnr: float
     accuracy: float

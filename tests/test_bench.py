@@ -22,6 +22,7 @@ from cachegraph.compiler import Build, assemble, build
 from cachegraph.errors import BackendError
 from cachegraph.graph import StepGraph
 from cachegraph.known import StepFunction
+from tests.models import TOCA as KEEPS_LITTLE
 from tests.models import dit_steps, fora, one_thread, relative_error, tiny_dit  # noqa: F401
 
 TOCA = {
@@ -131,6 +132,13 @@ def test_graphs_without_choice_do_the_same_work_on_the_first_tokens(toca: Build)
     # The first block's mlp sees the same stream; of its new values, here 5, nothing is scattered.
     assert found[1].shape == (2, 5, 32)
     assert torch.allclose(found[1], wanted[1][:, :5], atol=1e-6)
+
+
+def test_work_that_is_not_kept_is_done_and_not_handed_out() -> None:
+    last = build(tiny_dit(), KEEPS_LITTLE, dit_steps(1)[0])
+    graph = last.graphs[2]
+    assert len(graph.outputs) == 1
+    assert len(_bare(last, graph)(*_first_tokens(graph))) == 1
 
 
 def test_full_steps_without_choice_make_no_orders(toca: Build) -> None:
