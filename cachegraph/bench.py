@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ import torch
 from torch import nn
 
 from .bench_contestants import Contestant, Progress, make_contestants
-from .bench_result import Entry, Measured, Spread, StepKind
+from .bench_result import Entry, Measured, Quality, Spread, StepKind
 from .trace import trace
+
+Judge = Callable[[Callable[..., Any], int], Quality]  # of what is called as the model, in n steps
 
 
 def run_bench(
@@ -31,6 +34,7 @@ def run_bench(
     rounds: int = 5,
     whole: bool = False,
     choice: bool = False,
+    quality: Judge | None = None,
     progress: Progress,
 ) -> list[Measured]:
     """Time every entry.
@@ -43,6 +47,7 @@ def run_bench(
         rounds: how often each kind of step is timed; everybody takes a turn in each.
         whole: run whole trajectories too, as many.
         choice: also time graphs that take the first tokens instead of choosing some.
+        quality: samples images and judges them; the first entry's are the reference.
         progress: is told what is being done.
 
     Raises:
@@ -64,26 +69,27 @@ def run_bench(
         samples.append({step: list[float]() for step in contestant.points})
         bare.append({step: list[float]() for step in contestant.points})
     device = next(model.parameters()).device
-    for number in range(rounds):
-        for index, contestant in enumerate(contestants):
-            done = number * len(contestants) + index
-            progress(f"timing {_label(contestant.entry)}", done, rounds * len(contestants))
-            before[index].append(_seconds(device, contestant.before)[0])
-            for step in contestant.points:
-                samples[index][step].append(_seconds(device, contestant.call, step)[0])
-                seconds, ran = _seconds(device, contestant.bare, step)
-                if ran:
-                    bare[index][step].append(seconds)
+    for number, index in np.ndindex(rounds, len(contestants)):
+        contestant, done = contestants[index], number * len(contestants) + index
+        progress(f"timing {_label(contestant.entry)}", done, rounds * len(contestants))
+        before[index].append(_seconds(device, contestant.before)[0])
+        for step in contestant.points:
+            samples[index][step].append(_seconds(device, contestant.call, step)[0])
+            seconds, ran = _seconds(device, contestant.bare, step)
+            if ran:
+                bare[index][step].append(seconds)
     wholes: list[list[float]] = [[] for _ in contestants]
-    for number in range(rounds if whole else 0):
-        for index, contestant in enumerate(contestants):
-            done = number * len(contestants) + index
-            progress(f"whole: {_label(contestant.entry)}", done, rounds * len(contestants))
-            wholes[index].append(_seconds(device, contestant.whole)[0])
-    return [
-        _measured(one, samples[i], bare[i], before[i], wholes[i], first[i])
-        for i, one in enumerate(contestants)
-    ]
+    for number, index in np.ndindex(rounds if whole else 0, len(contestants)):
+        done = number * len(contestants) + index
+        progress(f"whole: {_label(entries[index])}", done, rounds * len(contestants))
+        wholes[index].append(_seconds(device, contestants[index].whole)[0])
+    found = []
+    for index, one in enumerate(contestants):
+        progress(f"memory and quality: {_label(one.entry)}", index, len(contestants))
+        times = samples[index], bare[index], before[index], wholes[index], first[index]
+        judged = quality(one.sampled(), one.plan.steps) if quality else None
+        found.append(replace(_measured(one, *times), memory=one.memory(), quality=judged))
+    return found
 
 
 def _seconds(device: torch.device, run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
@@ -120,12 +126,16 @@ def _measured(
         shares = [
             1 - float(np.median(np.asarray(chosen[p]) / np.asarray(samples[p]))) for p in points
         ]
+        seconds = Spread.of([float(found[at].mean()) for found in by_round])
+        moved = float(np.mean([one.moved[s] for s in at])) if one.moved else None
         kinds.append(
             StepKind(
                 variant.name,
                 len(at),
                 float(np.mean([one.cost.flops[s] for s in at])),
-                Spread.of([float(found[at].mean()) for found in by_round]),
+                seconds,
+                moved,
+                moved / seconds.median if moved is not None else None,
                 float(np.mean(shares)) if shares else None,
             )
         )

@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from .artifact import Artifact
 from .backends import AheadOfTime, get_backend
+from .backends.aoti import Aoti
+from .errors import BackendError
 from .graph import CONSTANT, StepGraph, copy_module
 from .known import StepFunction
+from .named import named_graphs
 from .slot import ConstantKind
-from .spec import TensorSpec
 
 aten = torch.ops.aten
 
 
-def without_choice(step: StepGraph, backend: str) -> StepFunction | None:
-    """The step with as many tokens as it recomputes, taken as they lie.
+def without_choice(artifact: Artifact, graphs: Sequence[StepGraph]) -> list[StepFunction | None]:
+    """The steps with as many tokens as they recompute, taken as they lie.
 
-    It recomputes the first k tokens, a slice, and hands their new values out as they are. So what
-    it spends less is what is spent on scores, orders, picking, gathering and scattering; and a step
-    that computes all tokens makes no orders for the steps behind it.
+    They recompute the first k tokens, a slice, and hand their new values out as they are. So what
+    they spend less is what is spent on scores, orders, picking, gathering and scattering; and a
+    step that computes all tokens makes no orders for the steps behind it.
 
     Args:
-        step: the lowered graph of a variant.
-        backend: that runs it.
+        artifact: whose backend runs them.
+        graphs: the lowered graph of each variant.
 
     Returns:
-        A function called as the variant's; None where the variant has to do with no choice, or the
-        backend compiles ahead of time.
+        A function a variant, called as the variant's; None where it has to do with no choice.
+
+    Raises:
+        BackendError: the backend takes graphs of named outputs, as ONNX does.
     """
+    chosen = get_backend(artifact.backend)
+    bare = {g.variant.name: module for g in graphs if (module := _bare(g)) is not None}
+    if not isinstance(chosen, AheadOfTime):
+        inputs = {layout.name: layout.inputs for layout in artifact.program.variants}
+        loaded = {name: chosen.load(module, inputs[name]) for name, module in bare.items()}
+    elif bare:
+        loaded = _compiled(chosen, artifact, bare)
+    else:
+        loaded = {}
+    return [
+        _first(loaded[g.variant.name], len(g.outputs)) if g.variant.name in loaded else None
+        for g in graphs
+    ]
+
+
+def _compiled(
+    backend: AheadOfTime, artifact: Artifact, bare: Mapping[str, fx.GraphModule]
+) -> dict[str, StepFunction]:
+    """Compiled side by side, and cached as other graphs are."""
+    if not isinstance(backend, Aoti):
+        raise BackendError(
+            "steps cannot be timed without their choice of tokens",
+            place=f"--backend {backend.name}",
+            expected="eager, inductor or aoti",
+            remedy="leave out --choice",
+        )
+    named = named_graphs(artifact.program, artifact.graphs)
+    graphs = {name: replace(named[name], module=module) for name, module in bare.items()}
+    with TemporaryDirectory(prefix="cachegraph-") as folder:
+        backend.emit(graphs, artifact.weights, Path(folder), lambda _: None)
+        opened = backend.open(graphs, artifact.weights, Path(folder), artifact.device)
+    return dict(zip(graphs, opened, strict=True))
+
+
+def _first(run: StepFunction, count: int) -> StepFunction:
+    return lambda *given: run(*given)[:count]
+
+
+def _bare(step: StepGraph) -> fx.GraphModule | None:
+    """The graph without choice; behind its outputs stand others, which keep their work alive."""
     module = copy_module(step.module)
     tokens = {
         node.name
@@ -41,24 +89,14 @@ def without_choice(step: StepGraph, backend: str) -> StepFunction | None:
     if not tokens and not extras:
         return None
     outputs = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
-    count = len(outputs)
     fresh = _take_first(module.graph, tokens)
-    kept = [fresh.get(node, node) for node in outputs[: count - extras]]
+    kept = [fresh.get(node, node) for node in outputs[: len(outputs) - extras]]
     # What later choices go by stands behind all else; in its place stands anything.
     outputs = [*kept, *kept[:1] * extras, *(node for node in fresh.values() if node not in kept)]
     module.graph.output_node().args = (tuple(outputs),)
     module.graph.eliminate_dead_code()
     module.recompile()
-    specs = [TensorSpec.of(n.meta["val"]) for n in step.inputs]
-    chosen = get_backend(backend)
-    if isinstance(chosen, AheadOfTime):
-        return None  # compiling a graph that nobody will run takes minutes
-    run = chosen.load(module, specs)
-
-    def call(*given: Tensor) -> Sequence[Tensor]:
-        return run(*given)[:count]
-
-    return call
+    return module
 
 
 def _take_first(graph: fx.Graph, tokens: set[str]) -> dict[fx.Node, fx.Node]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from .backends import get_backend
 from .bench_choice import without_choice
-from .bench_result import Entry
+from .bench_memory import compiled_memory, model_memory
+from .bench_result import Entry, Memory
 from .compiler import Build, assemble, build
-from .cost import PlanCost
+from .cost import moved_bytes, token_sizes
 from .known import StepFunction
 from .plan import Plan
 from .reference import ReferenceRunner
@@ -26,35 +28,6 @@ from .trial import calls, times
 
 Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
 _POINTS = 3  # steps of a variant that are timed, where they differ in tokens
-
-
-class Contestant(Protocol):
-    """Something whose steps can be timed."""
-
-    entry: Entry
-    plan: Plan
-    cost: PlanCost
-
-    @property
-    def points(self) -> Sequence[int]:
-        """The steps to time, in order."""
-        ...
-
-    def call(self, step: int) -> None:
-        """Run one step."""
-        ...
-
-    def bare(self, step: int) -> bool:
-        """Run the step without choosing tokens; False where it chooses none."""
-        ...
-
-    def before(self) -> None:
-        """Compute what is known before the first step."""
-        ...
-
-    def whole(self) -> None:
-        """Run a trajectory."""
-        ...
 
 
 @dataclass
@@ -79,18 +52,52 @@ class _Inputs:
         return self.kept[key]
 
 
-class _Compiled:
+class Contestant:
+    """Something whose steps can be timed; by default nothing of a step is known or chosen."""
+
+    points: Sequence[int]  # the steps to time, in order
+    moved: Sequence[int] = ()  # bytes that each step must read and write; empty where not known
+
+    def __init__(self, entry: Entry, built: Build, inputs: _Inputs) -> None:
+        self.entry, self.built, self.inputs = entry, built, inputs
+        self.plan, self.cost = built.plan, built.cost
+
+    def call(self, step: int) -> None:
+        """Run one step."""
+        raise NotImplementedError
+
+    def bare(self, step: int) -> bool:
+        """Run the step without choosing tokens; False where it chooses none."""
+        return False
+
+    def before(self) -> None:
+        """Compute what is known before the first step."""
+
+    def whole(self) -> None:
+        """Run a trajectory."""
+        for step in range(self.plan.steps):
+            self.call(step)
+
+    def memory(self) -> Memory | None:
+        """Of a trajectory; None where it cannot be told. All points have been called before."""
+        return None
+
+    def sampled(self) -> Callable[..., Any]:
+        """Something to call as the model, for the calls of a trajectory in order."""
+        raise NotImplementedError
+
+
+class _Compiled(Contestant):
     """The graphs of a schedule."""
 
     def __init__(self, entry: Entry, built: Build, inputs: _Inputs, choice: bool) -> None:
+        super().__init__(entry, built, inputs)
         artifact = assemble(built, entry.backend)
-        self.entry, self.plan, self.inputs = entry, built.plan, inputs
-        self.cost = built.cost
         self.runner = artifact.runner()
         self.flat = built.traced.signature.flatten(inputs.args, inputs.kwargs)
-        functions: list[StepFunction | None] = [
-            without_choice(graph, entry.backend) if choice else None for graph in built.graphs
-        ]
+        functions: list[StepFunction | None] = (
+            without_choice(artifact, built.graphs) if choice else [None] * len(built.graphs)
+        )
         self.chooses = [function is not None for function in functions]
         usual = self.runner.functions
         self.bare_runner = Runner(
@@ -98,10 +105,11 @@ class _Compiled:
             [f or u for f, u in zip(functions, usual, strict=True)],
             artifact.weights,
         )
-        self.points: Sequence[int] = _points(self.plan, self.cost.flops)
+        self.points = _points(self.plan, self.cost.flops)
         self.times = times(artifact.program)
         # A backend that is not exact computes known values for all steps at once.
         self.ahead = not get_backend(entry.backend).exact
+        self.moved = _moved(built, ahead=self.ahead)
         self.known: dict[int, list[Tensor]] = {}
         self.session = self.runner.session()
         self.calls = list(calls(artifact.program, seed=0))
@@ -147,6 +155,21 @@ class _Compiled:
         for step, kwargs in enumerate(self.calls):
             self.session(**kwargs, step=step)
 
+    @torch.no_grad()
+    def memory(self) -> Memory:
+        return compiled_memory(
+            self.built,
+            self.entry.backend,
+            self.runner,
+            self._at,
+            self._values,
+            self.points,
+            self.times,
+        )
+
+    def sampled(self) -> Callable[..., Any]:
+        return self.runner.session()
+
     def _values(self, step: int) -> dict[tuple[int, int, int], Tensor]:
         program = self.runner.program
         entry = program.steps[step]
@@ -159,51 +182,53 @@ class _Compiled:
         return values
 
 
-class _Uncached:
+class _Uncached(Contestant):
     """The model itself; all of its steps are alike."""
 
-    points: Sequence[int] = (0,)
+    points = (0,)
 
     def __init__(self, entry: Entry, built: Build, inputs: _Inputs, model: nn.Module) -> None:
-        self.entry, self.plan, self.inputs, self.model = entry, built.plan, inputs, model
-        self.cost = built.cost
+        super().__init__(entry, built, inputs)
+        self.model = model
+        self.moved = (moved_bytes(built.traced.module, self.cost.symbols),) * self.plan.steps
 
     def call(self, step: int) -> None:
         with torch.no_grad():
             self.model(*self.inputs.args, **self.inputs.kwargs)
 
-    def bare(self, step: int) -> bool:
-        return False
+    @torch.no_grad()
+    def memory(self) -> Memory:
+        flat = self.built.traced.signature.flatten(self.inputs.args, self.inputs.kwargs)
+        return model_memory(self.model, self.built, flat, partial(self.call, 0))
 
-    def before(self) -> None:
-        """Nothing is."""
-
-    def whole(self) -> None:
-        for step in range(self.plan.steps):
-            self.call(step)
+    def sampled(self) -> Callable[..., Any]:
+        return self.model
 
 
-class _Hooks:
+class _Hooks(Contestant):
     """The model under hooks; every step is run, for each needs those before it."""
 
     def __init__(self, entry: Entry, built: Build, inputs: _Inputs, model: nn.Module) -> None:
-        self.entry, self.plan, self.inputs = entry, built.plan, inputs
-        self.cost = built.cost
-        self.points: Sequence[int] = range(built.plan.steps)
+        super().__init__(entry, built, inputs)
+        self.points = range(built.plan.steps)
         self.runner = ReferenceRunner.of_plan(model, built.traced, built.plan, built.schedule)
 
     def call(self, step: int) -> None:
         self.runner(*self.inputs.args, step=step, **self.inputs.kwargs)
 
-    def bare(self, step: int) -> bool:
-        return False
+    def sampled(self) -> Callable[..., Any]:
+        self.runner.reset()
+        return self.runner
 
-    def before(self) -> None:
-        """Nothing is."""
 
-    def whole(self) -> None:
-        for step in range(self.plan.steps):
-            self.call(step)
+def _moved(built: Build, *, ahead: bool) -> list[int]:
+    """Bytes that each step must read and write, and its prologue where that is part of it."""
+    moved, symbols = [], built.cost.symbols
+    for step, variant in enumerate(built.plan.variant_of):
+        graph = built.graphs[variant]
+        prologue = 0 if ahead or graph.prologue is None else moved_bytes(graph.prologue, symbols)
+        moved.append(prologue + moved_bytes(graph.module, {**symbols, **token_sizes(graph, step)}))
+    return moved
 
 
 def _points(plan: Plan, flops: Sequence[int]) -> tuple[int, ...]:

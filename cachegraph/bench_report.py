@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from .bench_result import UNCACHED, Measured, Spread
+from .bench_result import UNCACHED, Compared, Measured, Memory, Spread
 from .calibration_plot import check_plot_path, figure_class
 from .errors import InputError
-from .picture import amount, plain_table
+from .picture import amount, plain_table, size
 
 _LINES = ("-", "--", ":", "-.")
 
@@ -99,10 +99,13 @@ def report(
     yield ""
     yield _kinds(found)
     yield ""
+    yield _memory(found)
+    yield ""
     yield (
         f"{rounds} rounds, all in turn, median [quartiles]; a trajectory is the sum over its steps "
-        "of the time of their kind"
+        "of the time of their kind; bytes are those that a call must read and write at least"
     )
+    yield "memory, at most: measured (predicted against that), beside the process itself"
     yield f"{here.processor}, {here.threads} threads, {here.device}, torch {here.torch}"
 
 
@@ -116,7 +119,9 @@ def _baselines(found: Sequence[Measured]) -> tuple[Measured, Measured]:
 def _trajectories(found: Sequence[Measured]) -> RenderableType:
     compiled, eager = _baselines(found)
     whole = any(one.whole for one in found)
+    judged = ["PSNR dB", "right"] if any(one.quality for one in found) else []
     numbers = ["seconds", *(["run whole"] if whole else []), "vs compiled", "vs eager", "limit"]
+    numbers += judged
     table = plain_table("schedule", "by", *numbers, right=tuple(numbers))
     for one in found:
         seconds = one.trajectory.median
@@ -128,15 +133,44 @@ def _trajectories(found: Sequence[Measured]) -> RenderableType:
             f"{compiled.trajectory.median / seconds:.2f}x",
             f"{eager.trajectory.median / seconds:.2f}x",
             f"{one.limit:.2f}x" if one.name != UNCACHED else "",
+            *_judged(one),
         )
     return table
+
+
+def _judged(one: Measured) -> tuple[str, ...]:
+    if one.quality is None:
+        return ()
+    return (
+        "" if one.backend == "model" else f"{one.quality.psnr:.1f}",
+        f"{one.quality.accuracy:.0%}",
+    )
+
+
+def _memory(found: Sequence[Measured]) -> RenderableType:
+    kinds = [field.name for field in fields(Memory)]
+    table = plain_table("schedule", "by", *kinds, right=tuple(kinds))
+    for one in found:
+        if one.memory is not None:
+            cells = (_compared(getattr(one.memory, kind)) for kind in kinds)
+            table.add_row(one.name, one.backend, *cells)
+    return table
+
+
+def _compared(memory: Compared) -> str:
+    """``126 MiB (+0.2%)``."""
+    if memory.measured is None:
+        return f"({size(memory.predicted)})"
+    error = memory.predicted / memory.measured - 1 if memory.measured else memory.predicted
+    return f"{size(memory.measured)} ({error:+.1%})" if error else size(memory.measured)
 
 
 def _kinds(found: Sequence[Measured]) -> RenderableType:
     compiled, _ = _baselines(found)
     step = compiled.trajectory.median / len(compiled.steps)
     chosen = any(kind.choice is not None for one in found for kind in one.kinds)
-    numbers = ("calls", "FLOPs", "ms a call", "of full", *(["choice"] if chosen else []))
+    last = ["choice"] if chosen else []
+    numbers = ("calls", "FLOPs", "bytes", "ms a call", "of full", "GB/s", *last)
     table = plain_table("schedule", "by", "variant", *numbers, right=numbers)
     for one in found:
         for kind in one.kinds:
@@ -147,8 +181,10 @@ def _kinds(found: Sequence[Measured]) -> RenderableType:
                 kind.variant,
                 str(kind.calls),
                 amount(kind.flops),
+                "" if kind.moved is None else size(kind.moved),
                 _spread(kind.seconds, 1e3),
                 f"{kind.seconds.median / step:.1%}",
+                "" if kind.bandwidth is None else f"{kind.bandwidth / 1e9:.3g}",
                 *share,
             )
     return table
@@ -178,23 +214,34 @@ def result_data(
 
 
 def plot_steps(found: Sequence[Measured], path: Path, title: str) -> None:
-    """Write a PNG: milliseconds of each step over the trajectory, a line an entry.
+    """Write a PNG: time of each step over the trajectory, and quality against time if judged.
 
     Raises:
         InputError: see :func:`cachegraph.calibration_plot.check_plot_path`.
     """
     check_plot_path(path)
-    figure = figure_class()(figsize=(9, 4.5), layout="constrained")
-    panel = figure.subplots()
+    judged = any(one.quality is not None for one in found)
+    figure = figure_class()(figsize=(13 if judged else 9, 4.5), layout="constrained")
+    panel, *others = figure.subplots(1, 1 + judged, squeeze=False)[0]
     for index, one in enumerate(found):
         milliseconds = [seconds * 1e3 for seconds in one.steps]
         label = f"{one.name}, {one.backend}: {one.trajectory.median:.3g} s"
         style = _LINES[index // 10 % len(_LINES)] if one.name != UNCACHED else "--"
         panel.step(range(len(one.steps)), milliseconds, style, where="mid", label=label)
-    panel.set_xlabel("step (0 = the first that runs)")
+        if others and one.quality is not None and one.name != UNCACHED:
+            seconds, closeness = one.trajectory.median, one.quality.psnr
+            others[0].plot(seconds, closeness, "o", color=f"C{index % 10}")
+            text = f" {one.name}, {one.backend}"
+            others[0].annotate(text, (seconds, closeness), fontsize=8)
     panel.set_ylabel("ms a step")
     panel.set_ylim(bottom=0)
-    panel.grid(visible=True, alpha=0.3)
-    panel.set_title(title)
+    panel.set_xlabel("step (0 = the first that runs)")
+    for other in others:
+        other.set_xlabel("seconds a trajectory")
+        other.set_ylabel("PSNR to the uncached model, dB")
+        other.margins(0.2)
+    for one_panel in (panel, *others):
+        one_panel.grid(visible=True, alpha=0.3)
+    figure.suptitle(title)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -58,6 +58,9 @@ class StepKind:
         calls: how many steps run it.
         flops: predicted, mean of its steps.
         seconds: of a call, mean of its steps.
+        moved: predicted bytes that a call must read and write at least, mean of its steps; None
+            under hooks.
+        bandwidth: that many bytes a second of the measured time.
         choice: share of that which is spent on choosing tokens, gathering and scattering them; None
             where no tokens are chosen or it was not asked for.
     """
@@ -66,7 +69,42 @@ class StepKind:
     calls: int
     flops: float
     seconds: Spread
+    moved: float | None
+    bandwidth: float | None
     choice: float | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Bytes, predicted and measured; not measured where torch's allocator does not see them."""
+
+    predicted: int
+    measured: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a trajectory.
+
+    Attributes:
+        weights: stored once for all variants.
+        slots: values kept between steps, at most.
+        known: tables of what is known beforehand, at most.
+        peak: all that is in use at a time, at most: the above, inputs, and what a step works with.
+    """
+
+    weights: Compared
+    slots: Compared
+    known: Compared
+    peak: Compared
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Mean PSNR to the uncached model's images in dB; share that shows what was asked for."""
+
+    psnr: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +121,8 @@ class Measured:
         kinds: by variant.
         limit: speed-up over uncached if time were FLOPs.
         first_calls: seconds of the first, untimed round, compiling included.
+        memory: predicted and measured; None under hooks.
+        quality: of images, where they were sampled.
     """
 
     name: str
@@ -94,3 +134,5 @@ class Measured:
     kinds: tuple[StepKind, ...]
     limit: float
     first_calls: float
+    memory: Memory | None = None
+    quality: Quality | None = None

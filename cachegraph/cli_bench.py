@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from .cli_output import progress, show
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .bench import Judge
     from .bench_result import Entry
     from .sources import Source
 
@@ -54,6 +57,9 @@ _Choice = Annotated[
 _Whole = Annotated[
     bool, typer.Option("--whole", help="Also time whole trajectories, not only kinds of steps.")
 ]
+_Quality = Annotated[
+    bool, typer.Option("--quality", help="Also sample images and judge them; digits only.")
+]
 _Out = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all numbers.")
 ]
@@ -72,6 +78,7 @@ def bench(
     hooks: _Hooks = False,
     choice: _Choice = False,
     whole: _Whole = False,
+    quality: _Quality = False,
     out: _Out = None,
     plot: _Plot = None,
     arch: ArchOption = None,
@@ -85,6 +92,7 @@ def bench(
     from .sources import open_model
 
     check_paths(out, plot)
+    judge = _judge(model) if quality else None
     for name in backends:
         get_backend(name)
     entries = _entries(schedules, backends, hooks)
@@ -93,15 +101,14 @@ def bench(
         source = open_model(
             model, arch=arch, inputs=inputs or (), random_weights=True, input_size=input_size
         )
-        args, kwargs = _inputs(source, batch, bool(inputs))
         found = run_bench(
             source.model,
-            args,
-            kwargs,
+            *_inputs(source, batch, bool(inputs)),
             entries,
             rounds=rounds,
             whole=whole,
             choice=choice,
+            quality=judge,
             progress=say,
         )
         here = machine(source.model)
@@ -112,6 +119,27 @@ def bench(
     if plot is not None:
         plot_steps(found, plot, source.name)
         show(f"plot      {plot}")
+
+
+def _judge(model: str) -> Judge:
+    """Samples digits from the same noise for everybody; the first that come are the reference."""
+    import torch
+
+    from .bench_result import Quality
+    from .zoo import sample_digits
+    from .zoo.digits_quality import accuracy, psnr
+
+    if model != "digits":
+        reason = "--quality: only the model digits has a sampler here"
+        raise InputError(reason, place=model, remedy="leave it out, or bench digits")
+    labels, references = torch.arange(20) % 10, list[torch.Tensor]()
+
+    def judge(model_fn: Callable[..., Any], steps: int) -> Quality:
+        images = sample_digits(model_fn, labels, steps=steps)
+        references.append(images)
+        return Quality(psnr(images, references[0]), accuracy(images, labels))
+
+    return judge
 
 
 def _entries(schedules: list[str], backends: list[str], hooks: bool) -> list[Entry]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from cachegraph import bench, cli
@@ -16,8 +18,12 @@ from cachegraph.bench import run_bench
 from cachegraph.bench_choice import without_choice
 from cachegraph.bench_contestants import _points
 from cachegraph.bench_result import UNCACHED, Entry, Spread
-from cachegraph.compiler import Build, build
-from tests.models import dit_steps, fora, one_thread, tiny_dit  # noqa: F401
+from cachegraph.compiler import Build, assemble, build
+from cachegraph.errors import BackendError
+from cachegraph.graph import StepGraph
+from cachegraph.known import StepFunction
+from tests.models import TOCA as KEEPS_LITTLE
+from tests.models import dit_steps, fora, one_thread, relative_error, tiny_dit  # noqa: F401
 
 TOCA = {
     "cachegraph": 1,
@@ -89,10 +95,18 @@ class Clock:
         return flops / (4 if run.__name__ == "bare" else 1), result
 
 
-def test_graphs_without_choice_do_the_same_work_on_the_first_tokens(toca: Build) -> None:
-    partial = next(g for g in toca.graphs if any(n.name.startswith("tokens") for n in g.inputs))
-    plain = without_choice(partial, "eager")
-    assert plain is not None
+def _partial(built: Build) -> StepGraph:
+    return next(g for g in built.graphs if any(n.name.startswith("tokens") for n in g.inputs))
+
+
+def _bare(built: Build, graph: StepGraph) -> StepFunction:
+    [function] = without_choice(assemble(built, "eager"), [graph])
+    assert function is not None
+    return function
+
+
+def _first_tokens(partial: StepGraph) -> list[Tensor]:
+    """Inputs that make a partial step choose its first 5 tokens."""
     generator = torch.Generator().manual_seed(0)
     given = []
     for node in partial.inputs:
@@ -107,18 +121,30 @@ def test_graphs_without_choice_do_the_same_work_on_the_first_tokens(toca: Build)
     for i in tokens:
         given[i] = torch.arange(5)
     given[[n.name for n in partial.inputs].index("y")].fill_(1)
-    wanted, found = partial.module(*given), plain(*given)
+    return given
+
+
+def test_graphs_without_choice_do_the_same_work_on_the_first_tokens(toca: Build) -> None:
+    partial = _partial(toca)
+    given = _first_tokens(partial)
+    wanted, found = partial.module(*given), _bare(toca, partial)(*given)
     assert len(wanted) == len(found)
     # The first block's mlp sees the same stream; of its new values, here 5, nothing is scattered.
     assert found[1].shape == (2, 5, 32)
     assert torch.allclose(found[1], wanted[1][:, :5], atol=1e-6)
 
 
+def test_work_that_is_not_kept_is_done_and_not_handed_out() -> None:
+    last = build(tiny_dit(), KEEPS_LITTLE, dit_steps(1)[0])
+    graph = last.graphs[2]
+    assert len(graph.outputs) == 1
+    assert len(_bare(last, graph)(*_first_tokens(graph))) == 1
+
+
 def test_full_steps_without_choice_make_no_orders(toca: Build) -> None:
     full = toca.graphs[0]
     assert any(toca.plan.variants[0].extras)
-    plain = without_choice(full, "eager")
-    assert plain is not None
+    plain = _bare(toca, full)
     count = len(full.outputs)
     x, t, y = dit_steps(1)[0]
     counts = [torch.zeros([int(d) for d in n.meta["val"].shape]).long() for n in full.inputs[3:]]
@@ -129,7 +155,26 @@ def test_full_steps_without_choice_make_no_orders(toca: Build) -> None:
 
 def test_a_variant_without_tokens_has_no_choice() -> None:
     plain = build(tiny_dit(), fora(4, 2), dit_steps(1)[0])
-    assert [without_choice(graph, "eager") for graph in plain.graphs] == [None, None]
+    for backend in ("eager", "aoti"):
+        assert without_choice(assemble(plain, backend), plain.graphs) == [None, None]
+
+
+def test_compiling_ahead_of_time_gives_the_same_graphs_without_choice(
+    toca: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHEGRAPH_CACHE", str(tmp_path))
+    partial = _partial(toca)
+    given = _first_tokens(partial)
+    [ahead] = without_choice(assemble(toca, "aoti"), [partial])
+    assert ahead is not None
+    wanted, found = _bare(toca, partial)(*given), ahead(*given)
+    assert len(found) == len(wanted) == len(partial.outputs)
+    assert relative_error(found, wanted) < 1e-5
+
+
+def test_onnx_is_not_timed_without_choice(toca: Build) -> None:
+    with pytest.raises(BackendError, match="without their choice of tokens"):
+        without_choice(replace(assemble(toca, "eager"), backend="onnx"), toca.graphs)
 
 
 # --- the command
@@ -170,7 +215,26 @@ def test_command(schedules: tuple[str, str], tmp_path: Path) -> None:
     assert len(two["steps"]) == 4
     assert two["steps"][1] == two["steps"][3] != two["steps"][2]
     assert 1 < two["limit"] < 2
+    kind = two["kinds"][0]
+    assert kind["bandwidth"] == kind["moved"] / kind["seconds"]["median"]
+    assert "GB/s" in result.stdout
     assert "two       eager" in result.stdout
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_quality_of_digits(schedules: tuple[str, str], tmp_path: Path) -> None:
+    numbers, plot = tmp_path / "r.json", tmp_path / "r.png"
+    result = run(
+        *("digits", "-s", schedules[0], "-s", schedules[1], "--backend", "eager", "--quality"),
+        *("--rounds", "1", "-o", str(numbers), "--plot", str(plot)),
+    )
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    entries = json.loads(numbers.read_text())["entries"]
+    uncached, two, full = (one["quality"] for one in entries)
+    assert uncached == full  # computing everything is exact
+    assert 5 < two["psnr"] < 60 < full["psnr"]
+    assert 0 <= two["accuracy"] <= 1
+    assert "PSNR dB" in result.stdout
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -182,6 +246,7 @@ def test_command(schedules: tuple[str, str], tmp_path: Path) -> None:
         (["-s", "fora-n3", "--backend", "induktor"], "did you mean 'inductor'?"),
         (["-s", "fora-n3", "-o", "nowhere/r.json"], "error: nowhere: there is no such folder"),
         (["-s", "fora-n3", "--plot", "plot.pdf"], "error: plot.pdf: plots are written as PNG"),
+        (["-s", "fora-n3", "--quality"], f"error: {TINY}: --quality: only the model digits has"),
         (
             ["-s", "fora-n3", "--input", "x=2,4,8,8:f32", "--batch", "2"],
             "error: --batch: the inputs of this model come with their batch",

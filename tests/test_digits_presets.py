@@ -6,7 +6,6 @@ from fractions import Fraction
 from unittest import mock
 
 import pytest
-import torch
 from torch import Tensor
 
 from cachegraph import pipeline
@@ -16,6 +15,7 @@ from cachegraph.policies import make_rows
 from cachegraph.schedule import Schedule, load_schedule, presets
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import load_digits_model, sample_digits
+from cachegraph.zoo.digits_quality import psnr
 from tests.models import one_thread  # noqa: F401
 
 LABELS = (3, 8)
@@ -52,12 +52,6 @@ def sampled(schedule: Schedule, traced: TracedModel) -> Tensor:
     with mock.patch.object(pipeline, "verify"):  # takes most of the time
         built = build(load_digits_model(), schedule, traced=traced)
     return sample_digits(assemble(built, "eager").runner(), LABELS, seed=7)
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Mean over images in dB; the peak of [-1, 1] is 2."""
-    errors = (images - reference).square().mean((1, 2, 3))
-    return (10 * torch.log10(4 / errors)).mean().item()
 
 
 def test_forecasts_and_corrections_are_closer_than_reuse(traced: TracedModel) -> None:

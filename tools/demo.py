@@ -18,7 +18,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from digits_classifier import accuracy
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -30,6 +29,7 @@ from cachegraph.action import Compute
 from cachegraph.artifact import Artifact, load_artifact
 from cachegraph.plan import Plan
 from cachegraph.zoo import load_digits_model, sample_digits
+from cachegraph.zoo.digits_quality import accuracy, psnr
 
 SCHEDULES = (
     "fora-n2",
@@ -126,12 +126,6 @@ def measure(entries: list[Contestant], steps: int, rounds: int, progress: Progre
             entry.seconds.append(time.perf_counter() - started)
             entry.images.append(images)
             progress.advance(task)
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Mean over images of 10 log10(peak^2 / MSE) in dB; the peak of [-1, 1] is 2."""
-    error = (images - reference).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
-    return (10 * torch.log10(4 / error)).mean().item()
 
 
 def result_table(entries: list[Contestant], rounds: int) -> Table:

@@ -1,7 +1,7 @@
 """A small classifier of 16x16 digits: tells whether generated images show the asked digit.
 
 ``train`` fits it to four fifths of scikit-learn's digits, says its accuracy on the last fifth, and
-saves its weights beside this file. ``measure`` draws digits with the shipped model and says how
+saves its weights in the package. ``measure`` draws digits with the shipped model and says how
 many of them the classifier takes for the digit that was asked for.
 """
 
@@ -14,42 +14,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cachegraph.zoo.digits import load_digits_model, sample_digits
-
-WEIGHTS = Path(__file__).with_name("digits_classifier.safetensors")
-
-
-def build_classifier() -> nn.Sequential:
-    """Untrained network: images ``(B, 1, 16, 16)`` in [-1, 1] to scores ``(B, 10)``."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 64), nn.ReLU(), nn.Linear(64, 10)),
-    )
-
-
-def load_classifier() -> nn.Sequential:
-    """The trained network in float32 and eval mode."""
-    model = build_classifier()
-    model.load_state_dict(load_file(WEIGHTS))
-    return model.eval().requires_grad_(False)
-
-
-def accuracy(images: Tensor, labels: Tensor) -> float:
-    """Share of images that show their label, by the trained classifier.
-
-    Args:
-        images: ``(N, 1, 16, 16)`` in [-1, 1].
-        labels: ``(N,)``, digits 0 to 9.
-    """
-    scores = load_classifier()(images.detach().float().cpu())
-    return (scores.argmax(1) == labels.cpu()).float().mean().item()
+from cachegraph.zoo.digits_quality import WEIGHTS, accuracy, build_classifier
 
 
 def split_data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
