@@ -131,8 +131,9 @@ def predict_peaks(
         if step.prologue is not None:
             most, made = working_bytes(step.prologue, symbols)
             row, first, count = _row_bytes(step, symbols), steps[0], len(steps) if compiled else 1
-            # Ahead of time, the rows are copied out of what was computed for all steps.
-            most = max(most, made + row) if compiled else most
+            # Ahead of time, rows are copied out of what was computed for all steps, table by table.
+            table = max(k.spec.nbytes(symbols) for k in step.known if k.binding is Binding.STEP)
+            most = max(most, made + table) if compiled else most
             before[first] = known[first] + count * (most - row)
     inputs = sum(
         TensorSpec.of(node.meta["val"]).nbytes(symbols)

@@ -200,12 +200,13 @@ class KnownValues:
         ]
         given = list(inputs)
         given[clock] = torch.stack([self._times[s] for s in steps])
-        values = compute_ahead(*given)
-        for i, later in enumerate(steps):
-            # Clones, so that a step's values are freed after it.
-            self._rows[later] = tuple(
-                value[i].clone(memory_format=torch.contiguous_format) for value in values
-            )
+        tables = list(compute_ahead(*given))
+        rows: list[list[Tensor]] = [[] for _ in steps]
+        while tables:
+            # Clones, so that a step's values are freed after it; one table at a time is twice there.
+            for row, value in zip(rows, tables.pop(0), strict=True):
+                row.append(value.clone(memory_format=torch.contiguous_format))
+        self._rows.update(zip(steps, map(tuple, rows), strict=True))
 
     def _check_lasting(self, step: int, inputs: Sequence[Tensor]) -> None:
         for index, lasting in zip(self._program.lasting, self._lasting, strict=True):
