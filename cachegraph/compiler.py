@@ -194,8 +194,9 @@ def load(
         timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
             Steps are found by them, and what depends on them alone is computed ahead from the
             first step on; with ``track="count"`` they are taken as said, calls' are not looked at.
-        cuda_graphs: record each step's kernels once and launch them all at once. A session records
-            one graph per variant, set of token counts and branch: 2 for FORA, 15 for ``toca-n3``.
+        cuda_graphs: record the kernels of each kind of step once and launch them all at once. Each
+            branch of a session records graphs of its own, anew for another batch: about one a
+            variant and set of token counts, see :func:`cachegraph.cuda_graph.plan_launches`.
 
     Raises:
         InputError: ``cuda_graphs`` on a device without them.

@@ -155,7 +155,7 @@ class Replays:
         self._places: dict[Place, Tensor] = {}
         self._results: list[Tensor] = []  # the model's outputs
         self._inputs: dict[tuple[Any, ...], Tensor] = {}
-        self._copied: dict[tuple[Any, ...], Tensor] = {}  # values of the request, as they came
+        self._copied: set[tuple[Any, ...]] = set()  # values of the request that are in place
 
     @property
     def nbytes(self) -> int:
@@ -212,10 +212,10 @@ class Replays:
         """A copy where the graphs look for it; what lasts for a trajectory is copied once."""
         if key not in self._inputs:
             self._inputs[key] = torch.empty_like(tensor)
-        if self._copied.get(key) is not tensor:
+        if key not in self._copied:
             self._inputs[key].copy_(tensor)
-            if key[0] == "request":
-                self._copied[key] = tensor
+        if key[0] == "request":
+            self._copied.add(key)
         return self._inputs[key]
 
     def _record(self, launch: Launch, given: Sequence[Tensor]) -> Callable[[], None]:
