@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, fx
 
 from .backends import AheadOfTime, Progress, check_all, get_backend
+from .cuda_graph import recorders
 from .errors import ArtifactError, InputError
 from .folders import refuse_foreign, written_whole
 from .known import Prologues, StepFunction
@@ -76,6 +77,7 @@ class Artifact:
         track: Track = "timestep",
         backend: str | None = None,
         timesteps: Sequence[float] | None = None,
+        cuda_graphs: bool = False,
     ) -> Runner:
         """A callable with the traced model's signature.
 
@@ -83,15 +85,18 @@ class Artifact:
             track: how the step of a call is found: ``timestep`` or ``count``.
             backend: another backend than the artifact was compiled for.
             timesteps: the sampler's, in place of the schedule's; see :class:`Runner`.
+            cuda_graphs: record each step's kernels once and launch them all at once.
 
         Raises:
-            BackendError: unknown backend.
+            BackendError: unknown backend, or one whose work cannot be recorded.
+            InputError: ``cuda_graphs`` on a device without them.
             SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         """
-        exact = get_backend(backend or self.backend).exact
-        prologues = Prologues.of(self.program, self.prologues, batched=not exact)
+        chosen = get_backend(backend or self.backend)
+        recorder = recorders(self.device, chosen.name) if cuda_graphs else None
+        prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
         functions = self.functions(backend)
-        return Runner(self.program, functions, self.weights, track, prologues, timesteps)
+        return Runner(self.program, functions, self.weights, track, prologues, timesteps, recorder)
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.

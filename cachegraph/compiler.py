@@ -182,6 +182,7 @@ def load(
     track: Track = "timestep",
     backend: str | None = None,
     timesteps: Sequence[float] | None = None,
+    cuda_graphs: bool = False,
 ) -> Runner:
     """A compiled model, callable as the traced one was; needs no model code.
 
@@ -193,14 +194,21 @@ def load(
         timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
             Steps are found by them, and what depends on them alone is computed ahead from the
             first step on; with ``track="count"`` they are taken as said, calls' are not looked at.
+        cuda_graphs: record the kernels of each kind of step once and launch them all at once. Each
+            branch of a session records graphs of its own, anew for another batch: about one a
+            variant and set of token counts, see :func:`cachegraph.cuda_graph.plan_launches`.
 
     Raises:
+        InputError: ``cuda_graphs`` on a device without them.
+        BackendError: ``cuda_graphs`` with a backend whose work cannot be recorded.
         SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         ArtifactError: the folder is missing, half-written, damaged, edited or newer.
     """
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact, device)
-    return artifact.runner(track=track, backend=backend, timesteps=timesteps)
+    return artifact.runner(
+        track=track, backend=backend, timesteps=timesteps, cuda_graphs=cuda_graphs
+    )
 
 
 def example_inputs(

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .cuda_graph import Recorder, Replays, plan_launches
 from .errors import SessionError
 from .known import KnownValues, Prologues, StepFunction
 from .program import Program
@@ -29,6 +30,7 @@ class _Branch:
     position: Position = field(default_factory=Position)
     shapes: tuple[tuple[object, ...], ...] = ()
     values: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    replays: Replays | None = None  # in place of values, where CUDA graphs are used
 
 
 class ModelConfig(dict[str, Any]):
@@ -50,6 +52,7 @@ class Session:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._recorder = runner.recorder() if runner.recorder is not None else None
         self._branches: dict[str, _Branch] = {}
         self._branch_name = ""
 
@@ -78,17 +81,23 @@ class Session:
         if position.step == 0:
             runner.check_inputs(inputs, self._branch_name)
             branch.values.clear()
+            if self._recorder is not None and shapes != branch.shapes:
+                branch.replays = runner.replays(self._recorder)
             branch.known.begin(inputs)
             branch.shapes, branch.position = shapes, Position()
         elif shapes != branch.shapes:
             self._refuse_change(branch, shapes, position.step)
         known = branch.known.at(position.step, inputs)
-        outputs = runner.run_step(position.step, inputs, branch.values, known)
+        if branch.replays is None:
+            outputs = runner.run_step(position.step, inputs, branch.values, known)
+        else:
+            constants = runner.constants(position.step)
+            outputs = branch.replays.run(position.step, inputs, constants, known)
         branch.position = position
         return signature.unflatten(outputs, kwargs.get("return_dict"))
 
     def reset(self) -> None:
-        """Forget every value and begin a new trajectory."""
+        """Forget every value and recorded graph, and begin a new trajectory."""
         self._branches.clear()
 
     @contextmanager
@@ -102,7 +111,8 @@ class Session:
 
     def cache_bytes(self) -> int:
         """Bytes of the values that are kept now, over all branches."""
-        return sum(t.nbytes for b in self._branches.values() for t in b.values.values())
+        recorded = sum(b.replays.nbytes for b in self._branches.values() if b.replays is not None)
+        return recorded + sum(t.nbytes for b in self._branches.values() for t in b.values.values())
 
     def known_bytes(self) -> int:
         """Bytes of the values known beforehand that are held now, over all branches."""
@@ -134,6 +144,7 @@ class Runner(nn.Module):
             for the next step, which spares reading a GPU tensor.
         prologues: what computes values that are known before a step runs, where there are any.
         timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
+        recorder: makes what records CUDA graphs for a session; None to call the functions.
 
     Raises:
         SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
@@ -141,6 +152,7 @@ class Runner(nn.Module):
     Attributes:
         config: the traced model's configuration (diffusers).
         functions: one compiled graph a variant.
+        recorder: as given.
     """
 
     def __init__(
@@ -151,6 +163,7 @@ class Runner(nn.Module):
         track: Track = "timestep",
         prologues: Prologues | None = None,
         timesteps: Sequence[float] | None = None,
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         super().__init__()
         if timesteps is not None:
@@ -180,6 +193,8 @@ class Runner(nn.Module):
                 zip(entry.constants, self._specs(step), strict=True)
             )
         }
+        self.recorder = recorder
+        self._launches = plan_launches(program) if recorder is not None else ()
         self._session = Session(self)
         self.eval()
 
@@ -214,6 +229,14 @@ class Runner(nn.Module):
         """Bytes that the runner's own session keeps now."""
         return self._session.cache_bytes()
 
+    def constants(self, step: int) -> list[Tensor]:
+        """The step constants that a step's graph takes, in its order."""
+        return [self._constants[step, i] for i in range(len(self.program.steps[step].constants))]
+
+    def replays(self, recorder: Recorder) -> Replays:
+        """Recorded graphs of a branch that has recorded none."""
+        return Replays(self.program, self._launches, self.functions, recorder)
+
     def run_step(
         self,
         step: int,
@@ -235,8 +258,7 @@ class Runner(nn.Module):
         entry = self.program.steps[step]
         layout = self.program.variants[entry.variant]
         slots = [values[key] for key in entry.slots]
-        constants = [self._constants[step, i] for i in range(len(entry.constants))]
-        outputs = self.functions[entry.variant](*inputs, *slots, *constants, *known)
+        outputs = self.functions[entry.variant](*inputs, *slots, *self.constants(step), *known)
         count = len(self.program.signature.outputs)
         for (site, value), keep, tensor in zip(
             layout.writes, entry.keeps, outputs[count:], strict=True

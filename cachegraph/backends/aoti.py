@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -90,7 +91,9 @@ class Aoti:
 
 
 def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
-    loaded = torch._inductor.aoti_load_package(str(path))
+    # With its own guard against threads it would query events, which a CUDA graph cannot record.
+    loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    lock = Lock()
     names = loaded.get_constant_fqns()
     used = {name: stored_weight(weights, name).contiguous() for name in names}
     if used:
@@ -99,7 +102,8 @@ def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
 
     def call(*tensors: Tensor, _kept: Any = used) -> Sequence[Tensor]:
         # The library reads them as dense tensors, whatever their strides are.
-        return loaded(*(tensor.contiguous() for tensor in tensors))
+        with lock:
+            return loaded(*(tensor.contiguous() for tensor in tensors))
 
     return call
 
