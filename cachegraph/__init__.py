@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from ._began import BEGAN as BEGAN
 from .artifact import Artifact
 from .compiler import compile, load
 from .errors import CachegraphError

@@ -26,6 +26,7 @@ from .errors import ArtifactError, InputError
 from .folders import refuse_foreign, written_whole
 from .known import Prologues, StepFunction
 from .named import named_graphs
+from .origin import Origin, content_digest
 from .program import Program
 from .runner import Runner
 from .schedule import Schedule, load_schedule
@@ -141,12 +142,15 @@ class Artifact:
         check_all(backend, [(name, graph.module.graph) for name, graph in named.items()])
         backend.emit(named, self.weights, folder, progress)
 
-    def save(self, path: str | Path, progress: Progress = _unheard) -> Path:
+    def save(
+        self, path: str | Path, progress: Progress = _unheard, origin: Origin | None = None
+    ) -> Path:
         """Write the artifact beside ``path`` and rename it when whole.
 
         Args:
             path: of the folder.
             progress: is told what is being done.
+            origin: all that it was made from, where that can be told: :func:`is_made_from`.
 
         Raises:
             ArtifactError: ``path`` exists and is no artifact.
@@ -154,13 +158,15 @@ class Artifact:
         target = Path(path)
         refuse_foreign(target, MANIFEST, "artifact")
         with written_whole(target) as partial:
-            self._write(partial, progress)
+            self._write(partial, progress, origin)
         compiled = target / _COMPILED / self.backend
         if compiled.is_dir():
             self.compiled[self.backend] = compiled
         return target
 
-    def _write(self, folder: Path, progress: Progress) -> None:
+    def _write(self, folder: Path, progress: Progress, origin: Origin | None) -> None:
+        # First, for it needs the memory that weights take which are mapped and were not read yet.
+        self._write_compiled(folder / _COMPILED / self.backend, progress)
         stored, aliases = distinct(self.weights)
         save_weights(stored, folder / WEIGHTS_FILE)
         (folder / _SCHEDULE).write_text(self.schedule.to_yaml())
@@ -172,7 +178,6 @@ class Artifact:
         for name, module in modules.items():
             lines = ",\n".join(json.dumps(node) for node in graph_to_json(module.graph))
             (folder / "graphs" / f"{name}.json").write_text(f"[\n{lines}\n]\n")
-        self._write_compiled(folder / _COMPILED / self.backend, progress)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         manifest: dict[str, Any] = {
             "cachegraph": FORMAT,
@@ -182,6 +187,8 @@ class Artifact:
             "files": {str(p.relative_to(folder)): _fingerprint(p) for p in files},
             "program": _PROGRAM.dump_python(self.program, mode="json"),
         }
+        if origin is not None and origin.unchanged():
+            manifest["made_from"] = _made_from(folder, origin)
         manifest["digest"] = _digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -242,6 +249,28 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
         device=place,
         compiled={p.name: p for p in (folder / _COMPILED).glob("*")},
     )
+
+
+def is_made_from(path: str | Path, origin: Origin) -> bool:
+    """True where a folder holds the very artifact that was made from this, to the last byte."""
+    folder = Path(path)
+    try:
+        manifest = _read_manifest(folder)
+        if manifest.get("made_from", {}).get("origin") != origin.digest:
+            return False
+        for name, expected in manifest["files"].items():
+            _check_file(folder / name, expected)
+    except ArtifactError:
+        return False
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    return found == {*manifest["files"], MANIFEST} and (
+        manifest["made_from"] == _made_from(folder, origin)
+    )
+
+
+def _made_from(folder: Path, origin: Origin) -> dict[str, str]:
+    """What the manifest says of it; the weights' content, too, which loading does not read."""
+    return {"origin": origin.digest, "weights": content_digest(folder / WEIGHTS_FILE)}
 
 
 def _usable(device: str | torch.device) -> torch.device:

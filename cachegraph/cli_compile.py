@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from .cli_options import (
     ArchOption,
     DisableOption,
+    ForceOption,
     InputOption,
     ModelArgument,
     OutOption,
@@ -17,11 +19,25 @@ from .cli_options import (
     SeedOption,
     VaryingOption,
 )
-from .cli_output import progress, show
+from .cli_output import Say, progress, show
 from .errors import CachegraphError, InputError
 
 if TYPE_CHECKING:
     from .artifact import Artifact
+    from .schedule import Schedule
+    from .sources import Source
+
+
+@dataclass(frozen=True)
+class _Options:
+    """All but the model and the schedule that tells what is made: each is part of its origin."""
+
+    backend: str
+    arch: str | None
+    inputs: list[str]
+    static_batch: bool
+    varying: list[str]
+    disable: list[str]
 
 
 def compile_model(
@@ -38,43 +54,61 @@ def compile_model(
     ] = False,
     varying: VaryingOption = None,
     disable: DisableOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Compile a model's denoising loop under a schedule and write it as an artifact."""
-    from .artifact import load_artifact
+    from .artifact import is_made_from, load_artifact
     from .backends import get_backend
-    from .compiler import compile
+    from .origin import find_origin
     from .passes import passes_without
     from .schedule import load_schedule
-    from .sources import open_model
+    from .sources import model_files, open_model
     from .trial import warm_up
 
     asked = load_schedule(schedule)
     get_backend(backend)  # a wrong name is told before any work
     passes_without(disable or ())
     _refuse_overwrite(out)
+    name = Path(schedule).stem
+    how = _Options(backend, arch, inputs or [], static_batch, varying or [], disable or [])
     with progress() as say:
-        say("loading the model")
-        source = open_model(model, arch=arch, inputs=inputs or ())
-        name = Path(schedule).stem
-        target = out or Path(f"{source.name}-{name}.cgraph")
-        _refuse_overwrite(target)
-        compile(
-            source.model,
-            asked,
-            source.args,
-            source.kwargs,
-            backend=backend,
-            out=target,
-            dynamic_batch=not static_batch,
-            varying=varying or (),
-            disable=disable or (),
-            progress=say,
-        )
+        say("looking for what is there already")
+        origin = find_origin(model, model_files(model), asked, asdict(how))
+        title = Path(model).stem
+        target = out or Path(f"{title}-{name}.cgraph")
+        kept = not force and origin is not None and is_made_from(target, origin)
+        if not kept:
+            say("loading the model")
+            source = open_model(model, arch=arch, inputs=how.inputs)
+            title = source.name
+            target = out or Path(f"{title}-{name}.cgraph")
+            _refuse_overwrite(target)
+            _make(source, asked, how, say).save(target, say, origin)
         say("reading the artifact")
         artifact = load_artifact(target)
         if backend == "inductor":
             warm_up(artifact, say)
-    _show_artifact(f"{source.name}, {name}", artifact, target)
+    _show_artifact(f"{title}, {name}", artifact, target)
+    if kept:
+        show("up to date: made before from the same model, schedule and options")
+
+
+def _make(source: Source, schedule: Schedule, how: _Options, say: Say) -> Artifact:
+    """The artifact, in memory."""
+    from .compiler import assemble, build
+
+    built = build(
+        source.model,
+        schedule,
+        source.args,
+        source.kwargs,
+        dynamic_batch=not how.static_batch,
+        varying=how.varying,
+        disable=how.disable,
+        progress=say,
+    )
+    say("writing the artifact")
+    return assemble(built, how.backend)
 
 
 def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:

@@ -75,6 +75,9 @@ DisableOption = Annotated[
         help="Leave out an exact optimisation, slice-columns or hoist-known; once for each.",
     ),
 ]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Compile anew where the artifact is up to date.")
+]
 VaryingOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -173,9 +173,14 @@ class Pass(Protocol):
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """A copy with a graph of its own and the same weight tensors; node names are kept."""
+    return fx.GraphModule(module, copy_graph(module.graph))
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """A copy whose nodes have the same names."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
+    for node in source.nodes:
         copied[node] = graph.create_node(
             node.op,
             node.target,
@@ -184,4 +189,4 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
             name=node.name,
         )
         copied[node].meta = dict(node.meta)
-    return fx.GraphModule(module, graph)
+    return graph

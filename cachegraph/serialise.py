@@ -116,7 +116,7 @@ def _plain_name(name: str) -> str:
 
 
 def weights_module(weights: Mapping[str, Tensor]) -> nn.Module:
-    """A module tree that holds the weights under their names as buffers."""
+    """A module tree that holds the weights under their names, as buffers if not Parameters."""
     root = nn.Module()
     for name, tensor in weights.items():
         holder = root
@@ -125,7 +125,10 @@ def weights_module(weights: Mapping[str, Tensor]) -> nn.Module:
             if part not in holder._modules:
                 holder.add_module(part, nn.Module())
             holder = holder.get_submodule(part)
-        holder.register_buffer(leaf, tensor)
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(leaf, tensor)
+        else:
+            holder.register_buffer(leaf, tensor)
     return root
 
 

@@ -85,6 +85,14 @@ def open_model(
     return Source(source.model, (), complete(source.model, example, asked, text), source.name)
 
 
+def model_files(text: str) -> list[Path] | None:
+    """The files that hold all of a model, shipped ones aside; None where other code makes it."""
+    path = Path(text)
+    if text in PRESETS:
+        return []
+    return [path] if path.suffix in (*SUFFIXES, ".pt2") and path.is_file() else None
+
+
 def is_architecture(text: str) -> bool:
     """True for ``DiT-XL/2`` and ``DiT(depth=2)``; such a model has no weights."""
     families = "|".join(re.escape(architecture.name) for architecture in ARCHITECTURES)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cachegraph as cg
+from cachegraph import artifact
 from cachegraph.artifact import load_artifact
-from cachegraph.backends import aoti
+from cachegraph.backends import aoti, aoti_worker
 from cachegraph.errors import BackendError
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
@@ -97,9 +98,10 @@ def test_inputs_may_lie_in_memory_as_they_like(original: Path) -> None:
 
 
 IN_A_NEW_PROCESS = """
-import sys
+import os, subprocess, sys
 sys.modules["cachegraph.zoo"] = None  # importing it is an error now
 import cachegraph
+subprocess.Popen = lambda *_, **__: os._exit(3)
 from safetensors.torch import load_file, save_file
 run = cachegraph.load(sys.argv[1])
 calls = load_file(sys.argv[2])
@@ -176,11 +178,32 @@ def test_an_artifact_of_another_machine_is_refused(folder: Path) -> None:
     assert cg.load(folder, backend="eager")(*dit_steps(1)[0]).shape == (2, 4, 8, 8)
 
 
+def test_the_compiler_copies_no_weights(
+    traced: TracedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It copies buffers, so only weights whose numbers it may want are such."""
+    jobs: list[str] = []
+    compiled: list[torch.export.ExportedProgram] = []
+    monkeypatch.setattr(aoti, "_compile", lambda todo, *_: jobs.extend(todo.values()))
+    monkeypatch.setattr(aoti, "_cached", lambda job: tmp_path / "none.pt2")
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: None)
+    compile_traced(narrow_dit(), traced, SCHEDULE, backend="aoti")
+    (tmp_path / "job.json").write_text(jobs[0])
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "job.json"), "out"])
+    compile_now = "torch._inductor.aoti_compile_and_package"
+    monkeypatch.setattr(compile_now, lambda program, **_: compiled.append(program))
+    aoti_worker.main()
+    buffers = [compiled[0].state_dict[name] for name in compiled[0].graph_signature.buffers]
+    assert 0 < len(buffers) < len(compiled[0].state_dict)
+    assert max(tensor.numel() for tensor in buffers) <= 64
+
+
 def fails_and_leaves_nothing(
     traced: TracedModel, tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> BackendError:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
+    patch.setattr(artifact, "save_weights", None)  # weights that are mapped are not read before
     patch.setenv("CACHEGRAPH_CACHE", str(tmp_path / "cache"))
     patch.setattr(tempfile, "tempdir", str(temporary))
     patch.setenv("TMPDIR", str(temporary))

@@ -31,6 +31,7 @@ from . import Progress
 
 _WORKER = "cachegraph.backends.aoti_worker"
 _BUILT_FOR = "built_for.json"
+_MODEL = "model"  # torch's name for the only one of a package
 _INLINED = 64  # elements; inductor writes the numbers of small weights (up to 8) into the code
 _TOKENS = 3  # an example for sizes that vary, the same whatever the schedule's numbers are
 
@@ -91,19 +92,20 @@ class Aoti:
 
 
 def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
-    # With its own guard against threads it would query events, which a CUDA graph cannot record.
-    loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    # torch's own way to open it looks for a C++ compiler and tries that, to compare the machines;
+    # and it reads the form of the call from JSON at every call. Single-threaded, for its own guard
+    # against threads queries events, which a CUDA graph cannot record.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, True, 1, -1)
     lock = Lock()
-    names = loaded.get_constant_fqns()
-    used = {name: stored_weight(weights, name).contiguous() for name in names}
+    used = {name: stored_weight(weights, name).contiguous() for name in loader.get_constant_fqns()}
     if used:
         # Not copied; so they must live as long as the function does.
-        loaded.load_constants(used, check_full_update=True, user_managed=True)
+        loader.load_constants(used, False, check_full_update=True, user_managed=True)
 
     def call(*tensors: Tensor, _kept: Any = used) -> Sequence[Tensor]:
         # The library reads them as dense tensors, whatever their strides are.
         with lock:
-            return loaded(*(tensor.contiguous() for tensor in tensors))
+            return loader.boxed_run([tensor.contiguous() for tensor in tensors])
 
     return call
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from cachegraph.serialise import graph_from_json, weights_module
 from cachegraph.spec import TensorSpec
@@ -27,13 +27,14 @@ def main() -> None:
     job = json.loads(source.read_text())
     device = torch.device(job["built_for"]["device"])
     graph = graph_from_json(job["nodes"], device)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, text in job["weights"].items():
         spec = TensorSpec.parse(text)
         if name in job["values"]:  # small: the compiler may write its numbers into the code
             weights[name] = torch.tensor(job["values"][name], dtype=spec.dtype, device=device)
-        else:  # never written to, so on the CPU it takes no memory
-            weights[name] = torch.empty(spec.sizes({}), dtype=spec.dtype, device=device)
+        else:  # never written to, so on the CPU it takes no memory; inductor would copy a buffer
+            empty = torch.empty(spec.sizes({}), dtype=spec.dtype, device=device)
+            weights[name] = nn.Parameter(empty, requires_grad=False)
     module = fx.GraphModule(weights_module(weights), graph)
     inputs = [TensorSpec.parse(text) for text in job["inputs"]]
     program = export_graph(module, inputs, job["sizes"], device)
