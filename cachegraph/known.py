@@ -203,7 +203,7 @@ class KnownValues:
         tables = list(compute_ahead(*given))
         rows: list[list[Tensor]] = [[] for _ in steps]
         while tables:
-            # Clones, so that a step's values are freed after it; one table at a time is twice there.
+            # Clones, so that values are freed after their step; one table at a time is twice there.
             for row, value in zip(rows, tables.pop(0), strict=True):
                 row.append(value.clone(memory_format=torch.contiguous_format))
         self._rows.update(zip(steps, map(tuple, rows), strict=True))
