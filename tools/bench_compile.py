@@ -34,13 +34,13 @@ import json, sys, time
 import torch, cachegraph
 from cachegraph.artifact import load_artifact
 from cachegraph.named import named_graphs
-def resident():  # bytes, of pages of the weights' file and of those of no file
+def resident():  # bytes of the weights' file, mapped however often, and of no file
     found, name = {True: 0, False: 0}, ""
     for line in open("/proc/self/smaps"):
         words = line.split()
         if not words[0].endswith(":"):
             name = words[-1]
-        elif words[0] == "Rss:" and name.endswith("weights.safetensors"):
+        elif words[0] == "Pss:" and name.endswith("weights.safetensors"):
             found[True] += int(words[1]) * 1024
         elif words[0] == "Anonymous:":
             found[False] += int(words[1]) * 1024
@@ -107,7 +107,7 @@ def cost_of(arguments: list[str], cache: Path) -> Cost:
             except OSError:  # one of them ended just now
                 continue
             peak = max(peak, total)
-            time.sleep(0.1)
+            time.sleep(0.5)
         wall = time.perf_counter() - started
         out.seek(0)
         if process.returncode:
