@@ -25,7 +25,7 @@ from cachegraph.named import NamedGraph
 from cachegraph.spec import TensorSpec
 from cachegraph.weights import WEIGHTS_FILE, is_stored, place_of, weight_offsets
 
-from .export import export_graph
+from .export import export_graph, fold_constants
 
 OPSET = 20  # the newest that every TensorRT 10 reads
 _OPSET_BFLOAT16 = 22  # the first with convolutions in bfloat16
@@ -59,7 +59,8 @@ def to_onnx(name: str, graph: NamedGraph, weights: Mapping[str, Tensor]) -> onnx
     try:
         with torch.no_grad(), _quiet():
             specs = list(graph.inputs.values())
-            exported = export_graph(graph.module, specs, graph.example_sizes())
+            module = fold_constants(graph.module)
+            exported = export_graph(module, specs, graph.example_sizes())
             model = _translate(exported, graph)
     except Exception as error:
         raise BackendError(
@@ -179,6 +180,26 @@ def _attention(
     return op.MatMul(op.Softmax(products, axis=-1), value)
 
 
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """One Gemm that takes the weight as it is stored.
+
+    Torch's own translation transposes it, and each session would hold a transposed copy.
+    """
+    if len(x.shape) < 2 or len(weight.shape) != 2:
+        raise NotImplementedError("a linear layer of a vector")
+    width, rank = x.shape[-1], len(x.shape)
+    flat = x if rank == 2 else op.Reshape(x, op.Constant(value_ints=[-1, width]))
+    inputs = (flat, weight) if bias is None else (flat, weight, bias)
+    product = op.Gemm(*inputs, transB=1)
+    if rank == 2:
+        return product
+    sizes = [size if isinstance(size, int) else -1 for size in (*x.shape[:-1], weight.shape[0])]
+    if sizes.count(-1) <= 1:
+        return op.Reshape(product, op.Constant(value_ints=sizes))
+    front = op.Shape(x, start=0, end=rank - 1)
+    return op.Reshape(product, op.Concat(front, _one(sizes[-1]), axis=0))
+
+
 def _number(number: float, like: Any) -> Any:
     dtype = ir.tensor_adapters.to_torch_dtype(like.dtype)
     value: Any = ir.tensor_adapters.TorchTensor(torch.tensor(number, dtype=dtype))
@@ -211,6 +232,7 @@ _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten.roll.default: _roll,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten.linear.default: _linear,
 }
 
 
