@@ -149,7 +149,7 @@ def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = 
     """ONNX has no sort; its TopK puts the lower index first among equals, as a stable one does."""
     if not descending:
         raise NotImplementedError("an ascending stable sort")
-    return op.TopK(self, _one(self.shape[dim]), axis=dim, largest=1, sorted=1)
+    return op.TopK(self, _whole(self.shape[dim]), axis=dim, largest=1, sorted=1)
 
 
 def _attention(
@@ -188,16 +188,16 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if len(x.shape) < 2 or len(weight.shape) != 2:
         raise NotImplementedError("a linear layer of a vector")
     width, rank = x.shape[-1], len(x.shape)
-    flat = x if rank == 2 else op.Reshape(x, op.Constant(value_ints=[-1, width]))
+    flat = x if rank == 2 else op.Reshape(x, _whole(-1, width))
     inputs = (flat, weight) if bias is None else (flat, weight, bias)
     product = op.Gemm(*inputs, transB=1)
     if rank == 2:
         return product
     sizes = [size if isinstance(size, int) else -1 for size in (*x.shape[:-1], weight.shape[0])]
     if sizes.count(-1) <= 1:
-        return op.Reshape(product, op.Constant(value_ints=sizes))
+        return op.Reshape(product, _whole(*sizes))
     front = op.Shape(x, start=0, end=rank - 1)
-    return op.Reshape(product, op.Concat(front, _one(sizes[-1]), axis=0))
+    return op.Reshape(product, op.Concat(front, _whole(sizes[-1]), axis=0))
 
 
 def _number(number: float, like: Any) -> Any:
@@ -214,18 +214,18 @@ def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
     for shift, dim in zip(shifts, dims, strict=True):
         axis = dim % rank
         length = op.Shape(self, start=axis, end=axis + 1)
-        by = _one(shift) if isinstance(shift, int) else op.Reshape(shift, _one(-1))
+        by = _whole(shift) if isinstance(shift, int) else op.Reshape(shift, _whole(-1))
         cut = op.Mod(op.Sub(length, by), length)
         front, back = (
-            op.Slice(self, _one(0), cut, _one(axis)),
-            op.Slice(self, cut, length, _one(axis)),
+            op.Slice(self, _whole(0), cut, _whole(axis)),
+            op.Slice(self, cut, length, _whole(axis)),
         )
         self = op.Concat(back, front, axis=axis)
     return self
 
 
-def _one(number: int) -> Any:
-    return op.Constant(value_ints=[number])
+def _whole(*numbers: int) -> Any:
+    return op.Constant(value_ints=numbers)
 
 
 _TRANSLATIONS: dict[Any, Any] = {
