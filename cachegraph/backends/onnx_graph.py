@@ -224,6 +224,12 @@ def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
     return self
 
 
+def _squeeze(self: Any, dim: int) -> Any:
+    """Torch takes away a dimension only where its size is 1; its own translation fails elsewhere."""
+    single = len(self.shape) > 0 and self.shape[dim] == 1
+    return op.Squeeze(self, _whole(dim % len(self.shape))) if single else op.Identity(self)
+
+
 def _whole(*numbers: int) -> Any:
     return op.Constant(value_ints=numbers)
 
@@ -233,6 +239,7 @@ _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.roll.default: _roll,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.squeeze.dim: _squeeze,
 }
 
 
