@@ -94,7 +94,11 @@ SizeOption = Annotated[
 ]
 WhatArgument = Annotated[
     str,
-    typer.Argument(metavar="WHAT", show_default=False, help="An artifact, or a model as for plan."),
+    typer.Argument(
+        metavar="WHAT",
+        show_default=False,
+        help="An artifact, an ONNX file or a folder of some, or a model.",
+    ),
 ]
 VariantOption = Annotated[
     str | None,

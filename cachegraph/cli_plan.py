@@ -115,18 +115,23 @@ def inspect(
     input_size: SizeOption = None,
     disable: DisableOption = None,
 ) -> None:
-    """Look at an artifact, or at what a model would become: plan, graphs, differences, sites."""
-    from .text import difference
-    from .text import dot as graph_dot
-    from .view import sites_table
+    """Look at an artifact, ONNX files, or what a model would become: plan, graphs, differences."""
+    from .view_onnx import onnx_files, onnx_report
 
-    if sum((bool(diff), sites, bool(variant or dot), bool(tokens))) > 1:
+    asked = (bool(diff), sites, bool(variant or dot), bool(tokens))
+    if sum(asked) > 1:
         raise InputError("--variant with --dot, --diff, --sites and --tokens exclude each other")
     if tokens is not None:
         _draw_tokens(what, schedule, tokens)
         return
+    for_models = any((schedule, arch, inputs, input_size, disable))
+    if files := onnx_files(what):
+        if for_models or any(asked):
+            raise InputError("ONNX files take no options", place=what)
+        show(*onnx_report(files))
+        return
     if is_artifact(what):
-        if schedule or arch or inputs or input_size or disable:
+        if for_models:
             raise InputError("an artifact takes no option for models", place=what)
         view, heading = _read(what)
     elif schedule is None:
@@ -134,6 +139,22 @@ def inspect(
     else:
         view, name = _build(what, schedule, arch, inputs, input_size, None, disable)
         heading = f"{name}, {Path(schedule).stem}"
+    _show_parts(view, heading, variant, diff, dot, sites)
+
+
+def _show_parts(
+    view: View,
+    heading: str,
+    variant: str | None,
+    diff: tuple[str, str] | None,
+    dot: Path | None,
+    sites: bool,
+) -> None:
+    """What was asked for; else an overview."""
+    from .text import difference
+    from .text import dot as graph_dot
+    from .view import sites_table
+
     if sites:
         show(sites_table(view.plan.sites))
     elif diff:

@@ -117,6 +117,37 @@ def test_the_folder_is_complete_and_valid(digits: Path) -> None:
     assert all(f"## {file}" in readme for file in files)
 
 
+def inspected(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.mark.onnx
+def test_inspect_shows_files(digits: Path, tmp_path: Path) -> None:
+    folder = digits / "onnx"
+    said = inspected(folder)
+    assert "file inputs outputs nodes size weights elsewhere variant0-prologue.onnx 3 " in said
+    assert all(path.name in said for path in folder.glob("*.onnx"))
+    said = inspected(folder / "variant0.onnx")
+    onnx: Any = pytest.importorskip("onnx")
+    nodes = onnx.load(folder / "variant0.onnx", load_external_data=False).graph.node
+    gelus = [node for node in nodes if node.op_type == "Gelu"]
+    assert "input x float [batch, " in said
+    assert "output write_blocks_11_mlp_0 float [batch, 64, 128]" in said
+    assert f"Gelu {len(gelus)}" in said
+    (tmp_path / "no.onnx").write_text("text")
+    for place, options, message in (
+        (tmp_path / "no.onnx", (), "no.onnx: the ONNX file cannot be read"),
+        (tmp_path / "gone.onnx", (), "gone.onnx: the ONNX file cannot be read; found [Errno 2]"),
+        (folder, ("--sites",), "ONNX files take no options"),
+        (folder, ("--schedule", "fora-n3"), "ONNX files take no options"),
+    ):
+        result = CliRunner().invoke(app, ["inspect", str(place), *options])
+        assert result.exit_code == 2
+        assert message in result.output
+
+
 @pytest.mark.onnx
 def test_files_need_the_weights_beside_them(digits: Path, tmp_path: Path) -> None:
     onnxruntime: Any = pytest.importorskip("onnxruntime")

@@ -206,6 +206,40 @@ def test_weights_lie_where_the_files_say(folder: Path, artifact: cg.Artifact) ->
     assert seen == {str(node.target) for node in nodes}
 
 
+def test_sessions_read_the_weights_where_they_lie(folder: Path) -> None:
+    """A session that copied them would take the memory of a model for each graph."""
+    artifact = load_artifact(folder)
+    run, calls = artifact.runner(), dit_steps(2)
+    before = [run(*call) for call in calls]
+    for weight in artifact.weights.values():
+        weight.mul_(1.5)
+    run.reset()
+    eager = artifact.runner(backend="eager")
+    for call, old in zip(calls, before, strict=True):
+        found = run(*call)
+        assert relative_error(found, eager(*call)) < 1e-5 < relative_error(found, old)
+
+
+class Timed(nn.Module):
+    def forward(self, t: Tensor, noise: Tensor) -> Tensor:
+        return torch.sin(t[:, None] * torch.exp(-torch.arange(64) / 7) + noise)
+
+
+def test_torch_computes_constants() -> None:
+    """The last digit of a frequency counts a thousandfold."""
+    from cachegraph.backends.onnx_graph import to_onnx
+
+    t, noise = torch.tensor([999.0, 1.0]), torch.zeros(64)
+    program = torch.export.export(Timed(), (t, noise))
+    inputs = {"t": TensorSpec.of(t), "noise": TensorSpec.of(noise)}
+    out = {"out": TensorSpec((2, 64), torch.float32)}
+    model = to_onnx("t", NamedGraph(program.module(check_guards=False), inputs, out, {}), {})
+    assert not {"Exp", "Range", "Div", "Neg"} & {node.op_type for node in model.graph.node}
+    held = [onnx.numpy_helper.to_array(one) for one in model.graph.initializer]
+    wanted = torch.exp(-torch.arange(64) / 7).numpy()
+    assert [one.shape == (64,) and (one == wanted).all() for one in held].count(True) == 1
+
+
 def test_a_saved_artifact_is_not_converted_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,10 @@ import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
 
+from cachegraph.graph import copy_module
 from cachegraph.spec import TensorSpec
+
+_MOST_BYTES = 64 * 1024  # of a constant; a larger one takes less room as what it is made from
 
 
 def export_graph(
@@ -31,3 +34,42 @@ def export_graph(
     )
     with torch.no_grad():
         return torch.export.export(module, example, dynamic_shapes=varying, strict=False)
+
+
+@torch.no_grad()
+def fold_constants(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which torch has computed what depends on neither inputs nor weights.
+
+    Others round the frequencies of a timestep embedding differently in the last digit, and the
+    sine of a timestep of 1000 times that is off in the fifth.
+
+    Args:
+        module: the graph, on the device that it was traced on.
+    """
+    copied = copy_module(module)
+    graph, values = copied.graph, dict[fx.Node, torch.Tensor]()
+    for node in graph.nodes:
+        if not _is_constant(node, values):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        value = node.target(*args, **kwargs)
+        if isinstance(value, torch.Tensor) and value.nbytes <= _MOST_BYTES:
+            values[node] = value
+    for node, value in values.items():
+        if all(user in values for user in node.users):
+            continue
+        copied.register_buffer(f"constant_{node.name}", value)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(f"constant_{node.name}"))
+    graph.eliminate_dead_code()
+    copied.recompile()
+    return copied
+
+
+def _is_constant(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> bool:
+    """True for an operation on constants that gives the same result at each call."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return False
+    return all(source in values for source in node.all_input_nodes)

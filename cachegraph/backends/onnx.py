@@ -62,7 +62,7 @@ class Onnx:
         import onnxruntime
 
         provider = _provider(onnxruntime.get_available_providers(), device)
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        stored = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
         return [
             _function(folder / f"{name}.onnx", graph, provider, stored, device)
             for name, graph in graphs.items()
@@ -106,53 +106,72 @@ def _function(
     """A session as a function of flat tensors."""
     from onnxruntime import OrtValue
 
-    place = (device.type, device.index or 0)
-    session, values = _session(path, provider, weights, place[1])
+    model, stored = _with_weights_as_inputs(path, weights)
+    session = _session(path, model, provider, device.index or 0)
     found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
-    if found != [*graph.inputs, *graph.outputs]:
+    if found != [*graph.inputs, *stored, *graph.outputs]:
         raise BackendError(
             "the ONNX file has other inputs and outputs than the graph",
             place=str(path),
             remedy="compile again",
         )
+    held = {name: OrtValue.from_dlpack(tensor) for name, tensor in stored.items()}
 
-    # The session does not own its weights, so they must live as long as the function does.
-    def call(*tensors: Tensor, _kept: Any = (weights, values)) -> list[Tensor]:
+    # Values do not own the tensors, so the weights must live as long as the function does.
+    def call(*tensors: Tensor, _kept: Any = stored) -> list[Tensor]:
+        given = [tensor.detach().contiguous() for tensor in tensors]
+        sizes = graph.sizes_of(given)
+        made = [
+            torch.empty(spec.sizes(sizes), dtype=spec.dtype, device=device)
+            for spec in graph.outputs.values()
+        ]
         binding = session.io_binding()
-        given = [OrtValue.from_dlpack(t.detach().contiguous()) for t in tensors]
-        for name, value in zip(graph.inputs, given, strict=True):
+        for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
-        for name in graph.outputs:
-            binding.bind_output(name, *place)
+        for name, tensor in zip(graph.inputs, given, strict=True):
+            binding.bind_ortvalue_input(name, OrtValue.from_dlpack(tensor))
+        for name, tensor in zip(graph.outputs, made, strict=True):
+            binding.bind_ortvalue_output(name, OrtValue.from_dlpack(tensor))
         if device.type == "cuda":  # onnxruntime has a stream of its own
             torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)
-        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+        return made
 
     return call
 
 
-def _session(
-    path: Path, provider: str, weights: Mapping[str, Tensor], number: int
-) -> tuple[Any, Any]:
-    """A session and the weights in the form that it uses, which are not copied."""
+def _with_weights_as_inputs(
+    path: Path, weights: Mapping[str, Tensor]
+) -> tuple[bytes, dict[str, Tensor]]:
+    """A file as a model that is handed its weights, and these.
+
+    A session copies every weight that its file refers to, whoever supplies it; of an input it reads
+    what is there. So all sessions work on one copy.
+    """
     import onnx
-    import onnxruntime
 
     if not path.is_file():
         raise BackendError("the ONNX file is missing", place=str(path), remedy="compile again")
+    model = onnx.load(path, load_external_data=False)
+    used = [one for one in model.graph.initializer if is_stored(weights, one.name)]
+    for one in used:
+        spec = onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims)
+        model.graph.input.append(spec)
+        model.graph.initializer.remove(one)
+    return model.SerializeToString(), {one.name: stored_weight(weights, one.name) for one in used}
+
+
+def _session(path: Path, model: bytes, provider: str, number: int) -> Any:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
     # The sessions of a trajectory take turns: threads of one must not spin while another runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    model = onnx.load(path, load_external_data=False)
-    used = [t.name for t in model.graph.initializer if is_stored(weights, t.name)]
-    values = [onnxruntime.OrtValue.from_dlpack(stored_weight(weights, name)) for name in used]
-    options.add_external_initializers(used, values)
     choices = {"device_id": number} if provider == _PROVIDERS["cuda"] else {}
     try:
-        return onnxruntime.InferenceSession(str(path), options, [provider], [choices]), values
+        return onnxruntime.InferenceSession(model, options, [provider], [choices])
     except Exception as error:  # onnxruntime's own have no common base
         raise BackendError(
             "onnxruntime cannot run the graph",

@@ -25,7 +25,7 @@ from cachegraph.named import NamedGraph
 from cachegraph.spec import TensorSpec
 from cachegraph.weights import WEIGHTS_FILE, is_stored, place_of, weight_offsets
 
-from .export import export_graph
+from .export import export_graph, fold_constants
 
 OPSET = 20  # the newest that every TensorRT 10 reads
 _OPSET_BFLOAT16 = 22  # the first with convolutions in bfloat16
@@ -59,7 +59,8 @@ def to_onnx(name: str, graph: NamedGraph, weights: Mapping[str, Tensor]) -> onnx
     try:
         with torch.no_grad(), _quiet():
             specs = list(graph.inputs.values())
-            exported = export_graph(graph.module, specs, graph.example_sizes())
+            module = fold_constants(graph.module)
+            exported = export_graph(module, specs, graph.example_sizes())
             model = _translate(exported, graph)
     except Exception as error:
         raise BackendError(
@@ -148,7 +149,7 @@ def _sort(self: Any, *, stable: bool = False, dim: int = -1, descending: bool = 
     """ONNX has no sort; its TopK puts the lower index first among equals, as a stable one does."""
     if not descending:
         raise NotImplementedError("an ascending stable sort")
-    return op.TopK(self, _one(self.shape[dim]), axis=dim, largest=1, sorted=1)
+    return op.TopK(self, _whole(self.shape[dim]), axis=dim, largest=1, sorted=1)
 
 
 def _attention(
@@ -179,6 +180,26 @@ def _attention(
     return op.MatMul(op.Softmax(products, axis=-1), value)
 
 
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """One Gemm that takes the weight as it is stored.
+
+    Torch's own translation transposes it, and each session would hold a transposed copy.
+    """
+    if len(x.shape) < 2 or len(weight.shape) != 2:
+        raise NotImplementedError("a linear layer of a vector")
+    width, rank = x.shape[-1], len(x.shape)
+    flat = x if rank == 2 else op.Reshape(x, _whole(-1, width))
+    inputs = (flat, weight) if bias is None else (flat, weight, bias)
+    product = op.Gemm(*inputs, transB=1)
+    if rank == 2:
+        return product
+    sizes = [size if isinstance(size, int) else -1 for size in (*x.shape[:-1], weight.shape[0])]
+    if sizes.count(-1) <= 1:
+        return op.Reshape(product, _whole(*sizes))
+    front = op.Shape(x, start=0, end=rank - 1)
+    return op.Reshape(product, op.Concat(front, _whole(sizes[-1]), axis=0))
+
+
 def _number(number: float, like: Any) -> Any:
     dtype = ir.tensor_adapters.to_torch_dtype(like.dtype)
     value: Any = ir.tensor_adapters.TorchTensor(torch.tensor(number, dtype=dtype))
@@ -193,24 +214,32 @@ def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
     for shift, dim in zip(shifts, dims, strict=True):
         axis = dim % rank
         length = op.Shape(self, start=axis, end=axis + 1)
-        by = _one(shift) if isinstance(shift, int) else op.Reshape(shift, _one(-1))
+        by = _whole(shift) if isinstance(shift, int) else op.Reshape(shift, _whole(-1))
         cut = op.Mod(op.Sub(length, by), length)
         front, back = (
-            op.Slice(self, _one(0), cut, _one(axis)),
-            op.Slice(self, cut, length, _one(axis)),
+            op.Slice(self, _whole(0), cut, _whole(axis)),
+            op.Slice(self, cut, length, _whole(axis)),
         )
         self = op.Concat(back, front, axis=axis)
     return self
 
 
-def _one(number: int) -> Any:
-    return op.Constant(value_ints=[number])
+def _squeeze(self: Any, dim: int) -> Any:
+    """Torch takes away a dimension only where its size is 1; its own translation fails elsewhere."""
+    single = len(self.shape) > 0 and self.shape[dim] == 1
+    return op.Squeeze(self, _whole(dim % len(self.shape))) if single else op.Identity(self)
+
+
+def _whole(*numbers: int) -> Any:
+    return op.Constant(value_ints=numbers)
 
 
 _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten.roll.default: _roll,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.squeeze.dim: _squeeze,
 }
 
 
