@@ -102,8 +102,9 @@ def report(
     yield _memory(found)
     yield ""
     yield (
-        f"{rounds} rounds, all in turn, median [quartiles]; a trajectory is the sum over its steps "
-        "of the time of their kind; bytes are those that a call must read and write at least"
+        f"{rounds} rounds, all in turn, median [quartiles], ± half their distance; a trajectory is "
+        "the sum over its steps of the time of their kind; bytes are those that a call must read "
+        "and write at least"
     )
     yield "memory, at most: measured (predicted against that), beside the process itself"
     yield f"{here.processor}, {here.threads} threads, {here.device}, torch {here.torch}"
@@ -162,7 +163,8 @@ def _compared(memory: Compared) -> str:
     if memory.measured is None:
         return f"({size(memory.predicted)})"
     error = memory.predicted / memory.measured - 1 if memory.measured else memory.predicted
-    return f"{size(memory.measured)} ({error:+.1%})" if error else size(memory.measured)
+    exact = abs(error) < 0.0005
+    return size(memory.measured) if exact else f"{size(memory.measured)} ({error:+.1%})"
 
 
 def _kinds(found: Sequence[Measured]) -> RenderableType:
@@ -182,7 +184,7 @@ def _kinds(found: Sequence[Measured]) -> RenderableType:
                 str(kind.calls),
                 amount(kind.flops),
                 "" if kind.moved is None else size(kind.moved),
-                _spread(kind.seconds, 1e3),
+                _brief(kind.seconds),
                 f"{kind.seconds.median / step:.1%}",
                 "" if kind.bandwidth is None else f"{kind.bandwidth / 1e9:.3g}",
                 *share,
@@ -190,11 +192,20 @@ def _kinds(found: Sequence[Measured]) -> RenderableType:
     return table
 
 
-def _spread(spread: Spread, scale: float = 1) -> str:
-    low, median, high = (
-        f"{value * scale:#.3g}".rstrip(".") for value in (spread.low, spread.median, spread.high)
-    )
+def _spread(spread: Spread) -> str:
+    """``53.2 [52.8-53.9]``."""
+    low, median, high = map(_digits, (spread.low, spread.median, spread.high))
     return f"{median} [{low}-{high}]"
+
+
+def _brief(spread: Spread) -> str:
+    """Milliseconds and half the distance of the quartiles: ``2940 ±1.2%``."""
+    half = (spread.high - spread.low) / 2 / spread.median
+    return f"{_digits(spread.median * 1e3)} ±{half:.1%}"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 1000 else f"{number:#.3g}".rstrip(".")
 
 
 def result_data(

@@ -67,6 +67,8 @@ _Plot = Annotated[
     Path | None, typer.Option(metavar="FILE.png", help="Draw time of a step against step.")
 ]
 
+_COLUMNS = 100  # that the tables need
+
 
 def bench(
     model: _Model,
@@ -112,7 +114,7 @@ def bench(
             progress=say,
         )
         here = machine(source.model)
-    show(*report(source.name, found, here, rounds))
+    show(*report(source.name, found, here, rounds), columns=_COLUMNS)
     if out is not None:
         out.write_text(json.dumps(result_data(source.name, found, here, rounds), indent=1) + "\n")
         show(f"numbers   {out}")

@@ -15,9 +15,16 @@ Say = Callable[..., None]  # say("compiling variant0", 0, 2): done so far, of ho
 _OTHER_LINES = 18  # of a screen with a plan on it: summary, variants, prompt
 
 
-def show(*parts: RenderableType) -> None:
-    """Writes one part below the other to stdout, without spaces at the ends of lines."""
+def show(*parts: RenderableType, columns: int | None = None) -> None:
+    """Writes one part below the other to stdout, without spaces at the ends of lines.
+
+    Args:
+        parts: text and tables.
+        columns: how wide a file or pipe is; 80 by default.
+    """
     screen = _stdout()
+    if columns is not None and not screen.is_terminal:
+        screen.width = columns
     with screen.capture() as captured:
         for part in parts:
             screen.print(part)

@@ -17,6 +17,7 @@ from cachegraph import bench, cli
 from cachegraph.bench import run_bench
 from cachegraph.bench_choice import without_choice
 from cachegraph.bench_contestants import _points
+from cachegraph.bench_report import _brief, _spread
 from cachegraph.bench_result import UNCACHED, Entry, Spread
 from cachegraph.compiler import Build, assemble, build
 from cachegraph.errors import BackendError
@@ -261,3 +262,8 @@ def test_refusals(args: list[str], message: str) -> None:
 
 def test_spread_is_median_and_quartiles() -> None:
     assert Spread.of([5, 1, 2, 4, 3]) == Spread(2, 3, 4)
+
+
+def test_long_times_are_plain_numbers() -> None:
+    assert _spread(Spread(0.123456, 12, 1234.5)) == "12.0 [0.123-1234]"
+    assert _brief(Spread(2.9, 3, 3.1)) == "3000 ±3.3%"
