@@ -201,16 +201,21 @@ def row_entropy(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | 
         bias = torch.zeros_like(products)
         bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
         products = products + bias
-    half = torch.softmax(products, dim=-1).mean(dim=1) / 2
-    return -(half * torch.log(half + 1e-7)).sum(dim=-1)
+    # Entropies of neighbours in an order lie so close that float32 ties them, see entropy_score.
+    half = torch.softmax(products, dim=-1).mean(dim=1).double() / 2
+    return -(half * torch.log(half + 1e-7)).sum(dim=-1).float()
 
 
 def entropy_score(entropy: Tensor) -> Tensor:
     """Scores ``(B, N)`` from both halves' entropies: the same for both, high where they are.
 
+    They are float64, whatever the entropies: the 1 that is added takes their last digits in
+    float32, and then what an engine rounds differently moves the choice of a token.
+
     B is even. Each sample meets its partner by rolling, not by cutting the batch in two: half a
     batch of 2 has the size 1, which torch would make a constant of.
     """
+    entropy = entropy.double()
     total = 1 + (entropy + torch.roll(entropy, entropy.shape[0] // 2, 0))
     return torch.nn.functional.normalize(total, dim=-1)
 

@@ -126,7 +126,7 @@ class TokenChoice:
         if self.selection.score is Score.CROSS_ATTENTION:
             score = self.scores[name, max(made for one, made in self.scores if one == name)]
             half = score.shape[0] // 2
-            both = 1 + (score[:half] + score[half:])
+            both = 1 + (score[:half].double() + score[half:].double())
             return F.normalize(both, dim=-1).repeat(2, 1)
         return F.normalize(self.scores[name, action.scored], dim=-1)
 
@@ -153,7 +153,8 @@ class TokenChoice:
                 return probabilities.sum(1)
             case Score.KV_NORM:
                 return (1 - value.float().norm(dim=-1)).sum(1)
-        return -(0.5 * probabilities * (0.5 * probabilities + 1e-7).log()).sum(-1)
+        halves = 0.5 * probabilities.double()
+        return -(halves * (halves + 1e-7).log()).sum(-1).float()
 
     def _with_bonus(self, score: Tensor) -> Tensor:
         chosen = self.selection

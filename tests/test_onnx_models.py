@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph import pipeline
+from cachegraph import ops, pipeline
 from cachegraph.backends import tensorrt
 from cachegraph.schedule import presets
 from cachegraph.trace import TracedModel, trace
@@ -19,10 +19,12 @@ from tests.models import (
     DATA,
     build,
     compile_traced,
+    dit_steps,
     fora,
     one_thread,  # noqa: F401
     read_configs,
     relative_error,
+    tiny_pixart,
     trajectory,
 )
 
@@ -74,3 +76,41 @@ def test_the_same_digits(name: str, digits: tuple[DiT, TracedModel]) -> None:
     )
     assert isinstance(found, Tensor)
     assert (found - wanted).abs().max() < 1e-4
+
+
+# --- the choice of tokens by entropy, which is float64 where it decides
+
+
+def test_entropies_that_differ_in_the_last_digit_are_told_apart() -> None:
+    less = torch.full((), 1.55)
+    more = torch.nextafter(less, torch.tensor(2.0))
+    entropy = torch.stack([less, more, less]).repeat(2, 1)
+    entropy[1, 1] = less
+    assert 1 + (less + more) == 1 + (less + less)  # in float32 they are not
+    score = ops.entropy_score(entropy)
+    assert score.dtype == torch.float64
+    assert (score[:, 1] > score[:, 0]).all()
+    assert torch.equal(score[:, 2], score[:, 0])
+
+
+def test_tensorrt_gets_the_choice_in_single_precision() -> None:
+    from cachegraph.backends.tensorrt_operators import in_single_precision, refusals
+
+    text = torch.randn(2, 1, 5, 16, generator=torch.Generator().manual_seed(0))
+    policy = {"method": "toca", "interval": 4, "fresh_ratio": 0.3, "rules": "pixart"}
+    schedule = {"cachegraph": 1, "steps": 8, "policy": policy | {"quirks": False}}
+    calls = [(x, t, text) for x, t, _ in dit_steps(8)]
+    artifact = cg.compile(tiny_pixart(), schedule, calls[0], backend="eager")
+    run, eager = artifact.runner(backend="onnx"), artifact.runner()
+    for call in calls:
+        assert relative_error(run(*call), eager(*call)) < 1e-5
+    for path in folder_of(artifact).iterdir():
+        model = onnx.load(path, load_external_data=False)
+        changed = in_single_precision(model)
+        onnx.shape_inference.infer_shapes(changed, strict_mode=True, check_type=True)
+        assert not refusals(changed)
+        if any(node.op_type == "TopK" for node in model.graph.node):
+            assert {str(one).rpartition("): ")[2] for one in refusals(model)} == {
+                "works on double",
+                "casts to double",
+            }

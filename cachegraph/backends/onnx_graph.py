@@ -225,7 +225,7 @@ def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
 
 
 def _squeeze(self: Any, dim: int) -> Any:
-    """Torch takes away a dimension where its size is 1; its own translation fails elsewhere."""
+    """Torch takes a dimension away only where its size is 1; its own translation fails else."""
     single = len(self.shape) > 0 and self.shape[dim] == 1
     return op.Squeeze(self, _whole(dim % len(self.shape))) if single else op.Identity(self)
 

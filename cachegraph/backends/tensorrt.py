@@ -67,11 +67,12 @@ class TensorRT:
         """``NAME.onnx``, ``NAME.engine`` and the bindings of each graph."""
         machine = this_machine()
         from .onnx_graph import to_onnx
+        from .tensorrt_operators import in_single_precision
 
         models = {}
         for name, graph in graphs.items():
             progress(f"converting {name} to ONNX")
-            models[name] = to_onnx(name, graph, weights)
+            models[name] = in_single_precision(to_onnx(name, graph, weights))
         refuse_unsupported(models)
         from .tensorrt_engine import build_engine
 

@@ -107,6 +107,28 @@ class _Facts:
         return int(value.reshape(-1)[0]) if value.size == 1 else None
 
 
+def in_single_precision(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Float32 in place of float64, which TensorRT does not have, between inputs and outputs.
+
+    Its parser would do the same; a network whose types are fixed is to have them said.
+    """
+    double, single = TensorProto.DOUBLE, TensorProto.FLOAT
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for tensor in changed.graph.initializer:
+        if tensor.data_type == double and not tensor.external_data:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for value in changed.graph.value_info:
+        if value.type.tensor_type.elem_type == double:
+            value.type.tensor_type.elem_type = single
+    for node in changed.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == double:
+                attribute.i = single
+    return changed
+
+
 def refusals(model: onnx.ModelProto) -> list[Refusal]:
     """Everything in a model that TensorRT's parser would refuse; changes nothing.
 
