@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cachegraph as cg
 from cachegraph import ops, pipeline
 from cachegraph.backends import tensorrt
-from cachegraph.schedule import presets
+from cachegraph.named import named_graphs
+from cachegraph.schedule import Schedule, load_schedule, presets
+from cachegraph.schedule_policies import RouterPolicy, SmoothCachePolicy
 from cachegraph.trace import TracedModel, trace
-from cachegraph.zoo import DiT, load_digits_model, sample_digits
+from cachegraph.zoo import DiT, PixArt, load_digits_model, sample_digits
 from tests.models import (
     DATA,
     build,
     compile_traced,
     dit_steps,
     fora,
+    make_inputs,
     one_thread,  # noqa: F401
     read_configs,
     relative_error,
+    tiny_dit,
     tiny_pixart,
     trajectory,
 )
@@ -32,6 +38,8 @@ pytestmark = pytest.mark.onnx
 onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
+operators: Any = pytest.importorskip("cachegraph.backends.tensorrt_operators")
+in_single_precision, refusals = operators.in_single_precision, operators.refusals
 
 STEPS, LABELS = 4, (3, 8)
 DIFFUSERS = read_configs(DATA / "diffusers_tiny.json")
@@ -94,8 +102,6 @@ def test_entropies_that_differ_in_the_last_digit_are_told_apart() -> None:
 
 
 def test_tensorrt_gets_the_choice_in_single_precision() -> None:
-    from cachegraph.backends.tensorrt_operators import in_single_precision, refusals
-
     text = torch.randn(2, 1, 5, 16, generator=torch.Generator().manual_seed(0))
     policy = {"method": "toca", "interval": 4, "fresh_ratio": 0.3, "rules": "pixart"}
     schedule = {"cachegraph": 1, "steps": 8, "policy": policy | {"quirks": False}}
@@ -114,3 +120,57 @@ def test_tensorrt_gets_the_choice_in_single_precision() -> None:
                 "works on double",
                 "casts to double",
             }
+
+
+# --- every preset
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, list[str]]:
+    """Text of a graph -> why it is refused; presets share most of their graphs."""
+    return {}
+
+
+def write_list_of(schedule: Schedule, folder: Path) -> None:
+    """In place of the published file of a preset: one for a model of two blocks."""
+    policy, steps = schedule.policy, schedule.steps
+    if isinstance(policy, RouterPolicy):
+        scores = {f"{i}.prob": torch.tensor([-3.0, -3, 3, -3]) for i in range(steps)}
+        torch.save({"routers": scores}, folder / str(policy.file))
+    if isinstance(policy, SmoothCachePolicy) and policy.file:
+        lists = {kind: ([1, 0] * steps)[:steps] for kind in ("attn", "mlp")}
+        (folder / policy.file).write_text(json.dumps(lists))
+
+
+def small_model(preset: str) -> tuple[nn.Module, Any, Any]:
+    """A model of the family that a preset is for and inputs of a call."""
+    if preset.endswith(("-flux", "-hunyuan")):  # both have joint attention and fused blocks
+        pytest.importorskip("diffusers")
+        config = DIFFUSERS["FluxTransformer"]
+        return build(config), (), make_inputs(config)
+    small: Any = tiny_dit()
+    if preset.endswith("pixart"):
+        small = PixArt(input_size=8, hidden_size=32, depth=2, num_heads=2).eval()
+    return small, *small.example_inputs(batch=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", presets())
+def test_presets_pass(
+    name: str, seen: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cachegraph.backends.onnx_graph import to_onnx
+
+    monkeypatch.chdir(tmp_path)
+    write_list_of(load_schedule(name), tmp_path)
+    model, args, kwargs = small_model(name)
+    with mock.patch.object(pipeline, "verify"):
+        artifact = cg.compile(model, name, args, kwargs, backend="eager")
+    for graph, text in zip(
+        named_graphs(artifact.program, artifact.graphs).items(), artifact.texts, strict=True
+    ):
+        key = text.partition("\n")[2]
+        if key not in seen:
+            made = in_single_precision(to_onnx(*graph, artifact.weights))
+            seen[key] = [str(one) for one in refusals(made)]
+        assert not seen[key]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from cachegraph.backends.tensorrt import Machine, refuse_other_machine, refuse_u
 from cachegraph.backends.tensorrt_plan import Binding, binding_plan
 from cachegraph.errors import BackendError
 from cachegraph.named import NamedGraph, named_graphs
-from cachegraph.schedule import load_schedule, presets
 from cachegraph.spec import TensorSpec
 from tests.models import (
     TOCA,
@@ -285,46 +283,6 @@ def test_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         BackendError, match=r"TensorRT runs on a GPU only; found cpu; load it there"
     ):
         backend.open({}, {}, tmp_path, torch.device("cpu"))
-
-
-# --- every preset
-
-
-@pytest.fixture(scope="module")
-def seen() -> dict[str, list[str]]:
-    """Text of a graph -> why it is refused; presets share most of their graphs."""
-    return {}
-
-
-def preset_names() -> Iterator[str]:
-    for name in presets():
-        policy = load_schedule(name).policy
-        if getattr(policy, "file", None) is None and not name.endswith(
-            ("-flux", "-hunyuan", "-uvit")
-        ):
-            yield name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(preset_names()))
-def test_presets_pass(name: str, seen: dict[str, list[str]]) -> None:
-    from cachegraph.backends.onnx_graph import to_onnx
-    from cachegraph.backends.tensorrt_operators import in_single_precision, refusals
-    from cachegraph.zoo import PixArt
-
-    if "pixart" in name:
-        small: Any = PixArt(input_size=8, hidden_size=32, depth=2, num_heads=2).eval()
-    else:
-        small = tiny_dit()
-    artifact = cg.compile(small, name, *small.example_inputs(batch=4), backend="eager")
-    for graph, text in zip(
-        named_graphs(artifact.program, artifact.graphs).items(), artifact.texts, strict=True
-    ):
-        key = text.partition("\n")[2]
-        if key not in seen:
-            made = in_single_precision(to_onnx(*graph, artifact.weights))
-            seen[key] = [str(one) for one in refusals(made)]
-        assert not seen[key]
 
 
 # --- the command for a machine that has TensorRT
