@@ -11,6 +11,16 @@ from pathlib import Path
 from .errors import ArtifactError
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept: in ``$CACHEGRAPH_CACHE``, else ``~/.cache/cachegraph``.
+
+    Args:
+        name: of the folder in it, which need not exist.
+    """
+    root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
+    return Path(root) / name
+
+
 def refuse_foreign(target: Path, mark: str, what: str) -> None:
     """Refuse to replace a file or folder that is something else than what is to be written.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor
 import cachegraph as cg
 from cachegraph.action import Compute
 from cachegraph.artifact import Artifact, load_artifact
+from cachegraph.folders import cache_folder
 from cachegraph.plan import Plan
 from cachegraph.zoo import load_digits_model, sample_digits
 from cachegraph.zoo.digits_quality import accuracy, psnr
@@ -83,8 +83,7 @@ def _describe(progress: Progress, task: TaskID, name: str, text: str) -> None:
 
 def compiled(name: str, schedule: str | dict[str, object], say: Callable[[str], None]) -> Artifact:
     """The artifact for a schedule: from the cache, where this code has compiled it before."""
-    root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
-    path = Path(root) / "demo" / digest_of_code() / f"{name.replace(', ', '-')}.cgraph"
+    path = cache_folder("demo") / digest_of_code() / f"{name.replace(', ', '-')}.cgraph"
     if not path.is_dir():
         model = load_digits_model()
         inputs = model.example_inputs(2 * len(CLASSES))

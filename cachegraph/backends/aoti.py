@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from cachegraph.errors import BackendError
+from cachegraph.folders import cache_folder
 from cachegraph.known import StepFunction
 from cachegraph.named import BATCH, NamedGraph
 from cachegraph.serialise import graph_to_json
@@ -144,8 +145,7 @@ def _described(machine: Mapping[str, str]) -> str:
 
 
 def _cache() -> Path:
-    root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
-    folder = Path(root) / "aoti"
+    folder = cache_folder("aoti")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
