@@ -1,17 +1,18 @@
 """A compiler for the denoising loop of diffusion transformers."""
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ._began import BEGAN as BEGAN
-from .artifact import Artifact
-from .compiler import compile, load
-from .errors import CachegraphError
-from .reference import ReferenceRunner
-from .runner import Runner, Session
-from .schedule import Schedule, load_schedule, presets
 
 if TYPE_CHECKING:
+    from .artifact import Artifact
+    from .compiler import compile, load
+    from .errors import CachegraphError
+    from .reference import ReferenceRunner
+    from .runner import Runner, Session
+    from .schedule import Schedule, load_schedule, presets
     from .zoo import load_model
 
 __version__ = version("cachegraph")
@@ -30,11 +31,35 @@ __all__ = [
     "presets",
 ]
 
+# Imported when asked for: torch takes over a second, and running an artifact needs no models.
+_MODULES = {
+    "Artifact": "artifact",
+    "CachegraphError": "errors",
+    "ReferenceRunner": "reference",
+    "Runner": "runner",
+    "Schedule": "schedule",
+    "Session": "runner",
+    "compile": "compiler",
+    "load": "compiler",
+    "load_model": "zoo",
+    "load_schedule": "schedule",
+    "presets": "schedule",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import the models only when they are asked for: running an artifact needs none of them."""
-    if name == "load_model":
-        from .zoo import load_model
-
-        return load_model
+    """A public name from the module that has it, or a module."""
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":  # the module is there, what it needs is not
+                raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Also what is not imported yet."""
+    return sorted({*globals(), *__all__})

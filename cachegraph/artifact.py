@@ -25,6 +25,7 @@ from .cuda_graph import recorders
 from .errors import ArtifactError, InputError
 from .folders import refuse_foreign, written_whole
 from .known import Prologues, StepFunction
+from .lazy import LazyMapping, LazySequence
 from .named import named_graphs
 from .origin import Origin, content_digest
 from .program import Program
@@ -64,7 +65,7 @@ class Artifact:
 
     program: Program
     schedule: Schedule
-    graphs: tuple[fx.GraphModule, ...]
+    graphs: Sequence[fx.GraphModule]
     prologues: Mapping[str, fx.GraphModule]
     texts: tuple[str, ...]
     weights: Mapping[str, Tensor]
@@ -230,19 +231,21 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
         ) from error
     weights = load_weights(folder / WEIGHTS_FILE, place)
     weights.update({alias: weights[name] for alias, name in manifest["aliases"].items()})
-    graphs = {
-        path.stem: graph_from_json(json.loads(path.read_text()), place)
-        for path in sorted((folder / "graphs").glob("*.json"))
-    }
-    names = {str(n.target) for g in graphs.values() for n in g.find_nodes(op="get_attr")}
-    root = weights_module({name: stored_weight(weights, name) for name in sorted(names)})
-    modules = {name: fx.GraphModule(root, graph) for name, graph in graphs.items()}
     variants = [layout.name for layout in program.variants]
+    texts = {p.stem: p.read_text() for p in sorted((folder / "graphs").glob("*.json"))}
+
+    def read(name: str) -> fx.GraphModule:
+        # What is compiled ahead of time runs without its graph, and making one takes a moment.
+        graph = graph_from_json(json.loads(texts[name]), place)
+        used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+        root = weights_module({name: stored_weight(weights, name) for name in sorted(used)})
+        return fx.GraphModule(root, graph)
+
     return Artifact(
         program=program,
         schedule=load_schedule(folder / _SCHEDULE),
-        graphs=tuple(modules.pop(name) for name in variants),
-        prologues=modules,
+        graphs=LazySequence(LazyMapping(variants, read)),
+        prologues=LazyMapping([name for name in texts if name not in variants], read),
         texts=tuple((folder / "graphs" / f"{name}.txt").read_text() for name in variants),
         weights=weights,
         backend=manifest["backend"],

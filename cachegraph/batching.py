@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graph import StepGraph, copy_module
+from .graph import StepGraph, copy_graph
 from .spec import TensorSpec
 
 
@@ -78,9 +78,11 @@ def _inputs(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _with_plain_sizes(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph for vmap, which has no rule for the operator that takes a size."""
-    copied = copy_module(module)
-    for node in copied.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+    """The same for vmap, which has no rule for the operator that takes a size."""
+    operator = torch.ops.aten.sym_size.int
+    if not module.graph.find_nodes(op="call_function", target=operator):
+        return module
+    graph = copy_graph(module.graph)
+    for node in graph.find_nodes(op="call_function", target=operator):
         node.op, node.target = "call_method", "size"
-    copied.recompile()
-    return copied
+    return fx.GraphModule(module, graph)

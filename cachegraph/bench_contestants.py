@@ -18,6 +18,7 @@ from .bench_result import Entry, Memory
 from .compiler import Build, assemble, build
 from .cost import moved_bytes, token_sizes
 from .known import StepFunction
+from .passes import OPTIONAL
 from .plan import Plan
 from .reference import ReferenceRunner
 from .runner import Runner
@@ -253,14 +254,16 @@ def make_contestants(
     """One contestant an entry, none of them called yet; for the arguments see ``run_bench``."""
     inputs = _Inputs(args, kwargs, traced.symbols, next(model.parameters()).device)
     steps = max((e.schedule.steps for e in entries if e.schedule is not None), default=1)
-    builds: dict[str, Build] = {}
+    builds: dict[tuple[str, ...], Build] = {}
     found: list[Contestant] = []
     for number, entry in enumerate(entries):
         schedule = entry.schedule or full_schedule(steps)
-        if schedule.digest() not in builds:
+        disable = entry.disable if entry.schedule else OPTIONAL
+        key = schedule.digest(), *disable
+        if key not in builds:
             progress(f"rewriting {entry.name}", number, len(entries))
-            builds[schedule.digest()] = build(model, schedule, traced=traced)
-        built = builds[schedule.digest()]
+            builds[key] = build(model, schedule, traced=traced, disable=disable)
+        built = builds[key]
         if entry.hooks:
             found.append(_Hooks(entry, built, inputs, model))
         elif entry.is_model:

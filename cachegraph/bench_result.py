@@ -18,15 +18,17 @@ class Entry:
 
     Attributes:
         name: of the schedule, or UNCACHED.
-        schedule: what is cached; None for nothing.
+        schedule: what is cached; None for the model as it is, with no pass that optimises it.
         backend: that runs the graphs; ``eager`` without a schedule is the model itself.
         hooks: run by :class:`ReferenceRunner`, as published codes do, instead of a backend.
+        disable: names of exact optimisations to leave out.
     """
 
     name: str
     schedule: Schedule | None
     backend: str
     hooks: bool = False
+    disable: tuple[str, ...] = ()
 
     @property
     def is_model(self) -> bool:

@@ -129,7 +129,7 @@ def export_onnx(artifact: Artifact, path: str | Path, progress: Progress) -> Pat
         for name in graphs:
             shutil.copy(artifact.compiled["onnx"] / f"{name}.onnx", folder)
         Onnx().emit(prologues, artifact.weights, folder, progress)
-        graphs |= prologues
+        graphs = {**graphs, **prologues}
         progress("writing the weights")
         save_weights(distinct(artifact.weights)[0], folder / WEIGHTS_FILE)
         (folder / LOOP).write_text(json.dumps(_loop(artifact.program, graphs, steps)) + "\n")

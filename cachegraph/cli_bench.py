@@ -57,6 +57,13 @@ _Choice = Annotated[
 _Whole = Annotated[
     bool, typer.Option("--whole", help="Also time whole trajectories, not only kinds of steps.")
 ]
+_Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PASS",
+        help="Also run each schedule without this exact optimisation; once for each.",
+    ),
+]
 _Quality = Annotated[
     bool, typer.Option("--quality", help="Also sample images and judge them; digits only.")
 ]
@@ -80,6 +87,7 @@ def bench(
     hooks: _Hooks = False,
     choice: _Choice = False,
     whole: _Whole = False,
+    without: _Without = None,
     quality: _Quality = False,
     out: _Out = None,
     plot: _Plot = None,
@@ -88,16 +96,13 @@ def bench(
     input_size: SizeOption = None,
 ) -> None:
     """Time schedules and backends against the uncached model, eager and by the same backends."""
-    from .backends import get_backend
     from .bench import run_bench
     from .bench_report import check_paths, machine, plot_steps, report, result_data, using_threads
     from .sources import open_model
 
     check_paths(out, plot)
     judge = _judge(model) if quality else None
-    for name in backends:
-        get_backend(name)
-    entries = _entries(schedules, backends, hooks)
+    entries = _entries(schedules, backends, hooks, without or [])
     with progress() as say, using_threads(threads):
         say("loading the model")
         source = open_model(
@@ -144,11 +149,18 @@ def _judge(model: str) -> Judge:
     return judge
 
 
-def _entries(schedules: list[str], backends: list[str], hooks: bool) -> list[Entry]:
+def _entries(
+    schedules: list[str], backends: list[str], hooks: bool, without: list[str]
+) -> list[Entry]:
     """What is compared: the uncached model, eager and by each backend, then every schedule."""
+    from .backends import get_backend
     from .bench_result import UNCACHED, Entry
+    from .passes import passes_without
     from .schedule import load_schedule
 
+    for name in backends:
+        get_backend(name)
+    passes_without(without)
     asked = {Path(text).stem: load_schedule(text) for text in schedules}
     if len(asked) != len(schedules):
         raise InputError("--schedule: two schedules have one name", found=", ".join(schedules))
@@ -159,6 +171,11 @@ def _entries(schedules: list[str], backends: list[str], hooks: bool) -> list[Ent
     entries = [Entry(UNCACHED, None, name) for name in dict.fromkeys(("eager", *backends))]
     for name, schedule in asked.items():
         entries += [Entry(name, schedule, backend) for backend in backends]
+        entries += [
+            Entry(f"{name} without {one}", schedule, backend, disable=(one,))
+            for one in without
+            for backend in backends
+        ]
         if hooks:
             entries.append(Entry(name, schedule, "eager", hooks=True))
     return entries

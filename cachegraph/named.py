@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from .lazy import LazyMapping
 from .program import Program
 from .serialise import SPEC
 from .slot import Slot
@@ -53,30 +54,32 @@ class NamedGraph:
         }
 
 
-def named_graphs(program: Program, graphs: Sequence[fx.GraphModule]) -> dict[str, NamedGraph]:
+def named_graphs(program: Program, graphs: Sequence[fx.GraphModule]) -> Mapping[str, NamedGraph]:
     """Every graph of a program by its name.
 
     Args:
         program: says how the graphs are called.
         graphs: one a variant, lowered.
     """
-    found = {}
-    for index, (layout, module) in enumerate(zip(program.variants, graphs, strict=True)):
-        placeholders = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
-        inputs = dict(zip(placeholders, layout.inputs, strict=True))
-        sizes = _sizes(program, index, inputs)
-        labels = _labels(program, inputs, sizes)
-        named = _output_names(program, index, inputs)
-        found[layout.name] = NamedGraph(
-            module,
-            {name: spec.renamed(labels) for name, spec in inputs.items()},
-            {
-                name: _spec_of(node).renamed(labels)
-                for name, node in zip(named, _returned(module), strict=True)
-            },
-            {labels.get(symbol, symbol): values for symbol, values in sizes.items()},
-        )
-    return found
+    indices = {layout.name: index for index, layout in enumerate(program.variants)}
+    return LazyMapping(indices, lambda name: _named(program, indices[name], graphs[indices[name]]))
+
+
+def _named(program: Program, variant: int, module: fx.GraphModule) -> NamedGraph:
+    placeholders = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
+    inputs = dict(zip(placeholders, program.variants[variant].inputs, strict=True))
+    sizes = _sizes(program, variant, inputs)
+    labels = _labels(program, inputs, sizes)
+    names = _output_names(program, variant, inputs)
+    return NamedGraph(
+        module,
+        {name: spec.renamed(labels) for name, spec in inputs.items()},
+        {
+            name: _spec_of(node).renamed(labels)
+            for name, node in zip(names, _returned(module), strict=True)
+        },
+        {labels.get(symbol, symbol): values for symbol, values in sizes.items()},
+    )
 
 
 def named_prologues(

@@ -15,12 +15,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 
 from ._began import BEGAN
+from .backends.aoti import compiler_settings
 from .schedule import Schedule
 
 _PACKAGE = Path(__file__).parent
@@ -66,24 +68,35 @@ def find_origin(
     given = list(read)
     if named := getattr(schedule.policy, "file", None):
         given.append(schedule.file(named, "policy", "file"))
-    code = sorted(_code())
-    files = {file: _state(file) for file in (*given, *code)}
-    if any(max(files[file][:2]) / 1e9 > BEGAN - _CLOCK for file in code):
+    files = {file: _state(file) for file in given}
+    code, surroundings = _surroundings()
+    if any(max(state[:2]) / 1e9 > BEGAN - _CLOCK for state in code.values()):
         return None  # what was imported may be an older version of it
     described = {
         "model": [file.suffix for file in read] or model,  # files may be moved
         "schedule": schedule.to_yaml(),
         "options": dict(options),
         "given": [content_digest(file) for file in given],
-        "code": {str(file.relative_to(_PACKAGE)): content_digest(file) for file in code},
-        "packages": sorted((one.name, one.version) for one in distributions()),
+        **surroundings,
+    }
+    text = json.dumps(described, sort_keys=True)
+    return Origin(hashlib.sha256(text.encode()).hexdigest(), {**files, **code})
+
+
+@cache  # a process goes on with the code that it imported
+def _surroundings() -> tuple[Mapping[Path, State], Mapping[str, object]]:
+    """The files of the package as they were before they were read; all that nobody asks for."""
+    files = {file: _state(file) for file in sorted(_code())}
+    metadata = [one.metadata for one in distributions()]
+    return files, {
+        "code": {str(file.relative_to(_PACKAGE)): content_digest(file) for file in files},
+        "packages": sorted((one["Name"], one["Version"]) for one in metadata),
         "torch": [torch.__version__, torch.version.git_version],
         "python": sys.version,
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "compiler": compiler_settings(),
     }
-    text = json.dumps(described, sort_keys=True)
-    return Origin(hashlib.sha256(text.encode()).hexdigest(), files)
 
 
 def content_digest(path: Path) -> str:
@@ -95,9 +108,13 @@ def content_digest(path: Path) -> str:
             return hashlib.sha256(file.read(_PIECE)).digest()
 
     size = path.stat().st_size
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pieces = pool.map(piece, range(0, size, _PIECE))
-        return hashlib.sha256(b"".join((*pieces, str(size).encode()))).hexdigest()
+    starts = range(0, size, _PIECE)
+    if len(starts) > 1:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            pieces = list(pool.map(piece, starts))
+    else:
+        pieces = list(map(piece, starts))
+    return hashlib.sha256(b"".join((*pieces, str(size).encode()))).hexdigest()
 
 
 def _code() -> Iterator[Path]:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cachegraph import artifact
 from cachegraph.artifact import load_artifact
 from cachegraph.backends import aoti, aoti_worker
 from cachegraph.errors import BackendError
+from cachegraph.serialise import graph_from_json
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
 from tests.models import (
@@ -149,6 +151,25 @@ def test_what_differs_in_numbers_only_is_not_compiled_again(
     assert worst(play(artifact.runner(), calls), wanted) <= 1e-5
 
 
+def test_settings_of_the_compiler_are_part_of_what_is_compiled(
+    traced: TracedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[set[str]] = []
+    monkeypatch.setattr(aoti, "_compile", lambda todo, *_: jobs.append(set(todo.values())))
+    monkeypatch.setattr(aoti, "_cached", Path)
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: None)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_MAX_AUTOTUNE", "CXX"):
+        monkeypatch.setenv(name, "1")
+        compile_traced(narrow_dit(), traced, SCHEDULE, backend="aoti")
+    where, tuned, compiler = jobs
+    assert not where & tuned
+    assert not tuned & compiler
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compile_traced(narrow_dit(), traced, SCHEDULE, backend="aoti")
+    assert jobs[-1] == compiler
+
+
 def test_weights_are_not_copied(original: Path) -> None:
     """What is written to the artifact's weights is seen by every runner."""
     artifact, calls = load_artifact(original), dit_steps(STEPS)
@@ -163,6 +184,25 @@ def test_weights_are_not_copied(original: Path) -> None:
         assert worst(play(run, calls), wanted) <= 1e-5
         assert worst(old, wanted) > 0.01
     assert worst(play(cg.load(original), calls), before[0]) == 0  # the file is as it was
+
+
+def test_loading_reads_no_graph_that_it_does_not_run(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(nodes: list[dict[str, Any]], device: torch.device) -> torch.fx.Graph:
+        read.append(len(nodes))
+        return graph_from_json(nodes, device)
+
+    monkeypatch.setattr(artifact, "graph_from_json", counted)
+    loaded = load_artifact(original)
+    run = loaded.runner()
+    assert len(read) == len(loaded.prologues) == 2
+    assert len(run.functions) == len(loaded.graphs) == 2
+    assert loaded.graphs[0] is loaded.graphs[0]
+    assert list(loaded.graphs[:]) == list(loaded.graphs)
+    assert len(read) == 4
 
 
 def test_an_artifact_of_another_machine_is_refused(folder: Path) -> None:
@@ -201,6 +241,7 @@ def test_the_compiler_copies_no_weights(
 def fails_and_leaves_nothing(
     traced: TracedModel, tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> BackendError:
+    aoti._torch_cache()  # stays until this process ends
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     patch.setattr(artifact, "save_weights", None)  # weights that are mapped are not read before

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 from cachegraph import bench, cli
 from cachegraph.bench import run_bench
 from cachegraph.bench_choice import without_choice
-from cachegraph.bench_contestants import _points
+from cachegraph.bench_contestants import _points, full_schedule, make_contestants
 from cachegraph.bench_report import _brief, _spread
 from cachegraph.bench_result import UNCACHED, Entry, Spread
 from cachegraph.compiler import Build, assemble, build
 from cachegraph.errors import BackendError
 from cachegraph.graph import StepGraph
 from cachegraph.known import StepFunction
+from cachegraph.trace import trace
 from tests.models import TOCA as KEEPS_LITTLE
 from tests.models import dit_steps, fora, one_thread, relative_error, tiny_dit  # noqa: F401
 
@@ -78,6 +79,15 @@ def test_a_trajectory_is_the_sum_over_its_steps(toca: Build) -> None:
     assert shares == pytest.approx([0.75] * len(shares))
     assert all(kind.choice is None for kind in hooks.kinds)
     assert compiled.whole == Spread(1.0, 1.0, 1.0)
+
+
+def test_the_baseline_is_the_model_as_it_is(toca: Build) -> None:
+    model, call = tiny_dit(), dit_steps(1)[0]
+    entries = [Entry(UNCACHED, None, name) for name in ("eager", "inductor")]
+    entries += [Entry("toca", toca.schedule, "eager"), Entry("full", full_schedule(8), "eager")]
+    found = make_contestants(model, trace(model, call), call, {}, entries, False, silent)
+    assert [bool(one.built.reports[-1].rewrites) for one in found] == [False, False, True, True]
+    assert [one.built.graphs[0].prologue is None for one in found] == [True, True, False, False]
 
 
 class Clock:
@@ -202,16 +212,19 @@ def test_command(schedules: tuple[str, str], tmp_path: Path) -> None:
     result = run(
         *(TINY, "-s", first, "-s", second, "--backend", "eager", "--input-size", "8"),
         *("--rounds", "2", "--batch", "4", "--threads", "1", "--hooks", "--whole"),
-        *("-o", str(numbers), "--plot", str(plot)),
+        *("--without", "hoist-known", "-o", str(numbers), "--plot", str(plot)),
     )
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     found = json.loads(numbers.read_text())
     listed = [(one["name"], one["backend"]) for one in found["entries"]]
-    caching = [(n, b) for n in ("two", "full") for b in ("eager", "hooks")]
+    ways = (("", "eager"), (" without hoist-known", "eager"), ("", "hooks"))
+    caching = [(name + more, by) for name in ("two", "full") for more, by in ways]
     assert listed == [("uncached", "model"), *caching]
     assert found["machine"]["threads"] == 1
     assert found["machine"]["torch"] == torch.__version__
-    two = found["entries"][1]
+    two, unhoisted = found["entries"][1:3]
+    assert two["memory"]["known"]["predicted"] > 0
+    assert unhoisted["memory"]["known"]["predicted"] == 0
     assert [kind["calls"] for kind in two["kinds"]] == [3, 1]
     assert len(two["steps"]) == 4
     assert two["steps"][1] == two["steps"][3] != two["steps"][2]
@@ -219,7 +232,7 @@ def test_command(schedules: tuple[str, str], tmp_path: Path) -> None:
     kind = two["kinds"][0]
     assert kind["bandwidth"] == kind["moved"] / kind["seconds"]["median"]
     assert "GB/s" in result.stdout
-    assert "two       eager" in result.stdout
+    assert "two                       eager" in result.stdout
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -247,6 +260,7 @@ def test_quality_of_digits(schedules: tuple[str, str], tmp_path: Path) -> None:
         (["-s", "fora-n3", "--backend", "induktor"], "did you mean 'inductor'?"),
         (["-s", "fora-n3", "-o", "nowhere/r.json"], "error: nowhere: there is no such folder"),
         (["-s", "fora-n3", "--plot", "plot.pdf"], "error: plot.pdf: plots are written as PNG"),
+        (["-s", "fora-n3", "--without", "hoist"], "did you mean 'hoist-known'?"),
         (["-s", "fora-n3", "--quality"], f"error: {TINY}: --quality: only the model digits has"),
         (
             ["-s", "fora-n3", "--input", "x=2,4,8,8:f32", "--batch", "2"],

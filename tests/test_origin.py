@@ -63,6 +63,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "deep" / "code.py").write_text("1")
     monkeypatch.setattr(origin, "_PACKAGE", folder)
     monkeypatch.setattr(origin, "BEGAN", origin.BEGAN + 1e6)
+    origin._surroundings.cache_clear()
     return folder
 
 
@@ -71,6 +72,8 @@ def found(
     schedule: dict[str, object] | None = None,
     options: dict[str, object] | None = None,
 ) -> Origin:
+    """What a new process would find, now."""
+    origin._surroundings.cache_clear()
     whole = {"cachegraph": 1, "steps": 4, **(schedule or FILES)}
     result = find_origin(model, model_files(model), load_schedule(whole), options or OPTIONS)
     assert result is not None
@@ -103,6 +106,8 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "a package": lambda _, patch: patch.setattr(origin, "distributions", list),
     "torch": lambda _, patch: patch.setattr(torch.version, "git_version", "0"),
     "python": lambda _, patch: patch.setattr(sys, "version", "4"),
+    "compiler": lambda _, patch: patch.setenv("CXX", "clang++"),
+    "its settings": lambda _, patch: patch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1"),
     "processor": lambda _, patch: patch.setattr(
         torch.backends.cpu, "get_cpu_capability", lambda: "none"
     ),

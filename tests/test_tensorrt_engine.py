@@ -62,7 +62,7 @@ def fake(toca_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.setattr(torch.cuda, "device", lambda _: nullcontext())
         stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
         patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CACHEGRAPH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield fake_tensorrt
         sys.modules.pop("cachegraph.backends.tensorrt_engine", None)
 

@@ -8,12 +8,11 @@ in which all contestants take turns.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +24,12 @@ from torch import Tensor
 
 import cachegraph as cg
 from cachegraph.action import Compute
-from cachegraph.artifact import Artifact, load_artifact
+from cachegraph.artifact import Artifact, is_made_from, load_artifact
 from cachegraph.folders import cache_folder
+from cachegraph.origin import find_origin
 from cachegraph.plan import Plan
+from cachegraph.schedule import load_schedule
+from cachegraph.sources import model_files
 from cachegraph.zoo import load_digits_model, sample_digits
 from cachegraph.zoo.digits_quality import accuracy, psnr
 
@@ -82,28 +84,20 @@ def _describe(progress: Progress, task: TaskID, name: str, text: str) -> None:
 
 
 def compiled(name: str, schedule: str | dict[str, object], say: Callable[[str], None]) -> Artifact:
-    """The artifact for a schedule: from the cache, where this code has compiled it before."""
-    path = cache_folder("demo") / digest_of_code() / f"{name.replace(', ', '-')}.cgraph"
-    if not path.is_dir():
+    """The artifact for a schedule: the kept one, where it was made from all the same."""
+    path = cache_folder("demo") / f"{name.replace(', ', '-')}.cgraph"
+    batch = 2 * len(CLASSES)
+    options = {"backend": "aoti", "batch": batch, "dynamic_batch": False}
+    origin = find_origin("digits", model_files("digits"), load_schedule(schedule), options)
+    if origin is None or not is_made_from(path, origin):
         model = load_digits_model()
-        inputs = model.example_inputs(2 * len(CLASSES))
+        inputs = model.example_inputs(batch)
         # A fixed batch is quicker to compile.
-        cg.compile(
-            model, schedule, *inputs, backend="aoti", out=path, dynamic_batch=False, progress=say
+        made = cg.compile(
+            model, schedule, *inputs, backend="aoti", dynamic_batch=False, progress=say
         )
+        made.save(path, say, origin)
     return load_artifact(path)
-
-
-@cache
-def digest_of_code() -> str:
-    """Of everything that an artifact of the demo depends on."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    package = Path(cg.__file__).parent
-    for folder in (package, package / "passes", package / "schedules"):  # the last two may be links
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".py", ".yaml", ".safetensors"):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def computed_steps(plan: Plan) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -34,6 +37,8 @@ _WORKER = "cachegraph.backends.aoti_worker"
 _BUILT_FOR = "built_for.json"
 _MODEL = "model"  # torch's name for the only one of a package
 _INLINED = 64  # elements; inductor writes the numbers of small weights (up to 8) into the code
+# Variables that tell inductor how to compile, and of these one that only says where it works.
+_SETTINGS = re.compile("TORCHINDUCTOR_(?!CACHE_DIR$)|AOT_INDUCTOR_|C(XX|C|PP)(FLAGS)?$")
 _TOKENS = 3  # an example for sizes that vary, the same whatever the schedule's numbers are
 
 
@@ -127,8 +132,14 @@ def _job(graph: NamedGraph, weights: Mapping[str, Tensor], device: torch.device)
             "inputs": [str(spec) for spec in graph.inputs.values()],
             "sizes": {name: sizes[name] if name == BATCH else _TOKENS for name in sizes},
             "built_for": _machine(device),
+            "settings": compiler_settings(),
         }
     )
+
+
+def compiler_settings() -> dict[str, str]:
+    """What the environment says of how to compile: it may change what comes out."""
+    return {name: value for name, value in sorted(os.environ.items()) if _SETTINGS.match(name)}
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -185,12 +196,23 @@ def _start(job: str, target: Path) -> subprocess.Popen[bytes]:
     source, log = target.with_suffix(".json"), target.with_suffix(".log")
     source.write_text(job)
     command = [sys.executable, "-m", _WORKER, str(source), str(target)]
-    # What torch leaves in its temporary folder is gone with ours.
-    env = os.environ | {"TMPDIR": str(target.parent)}
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": _torch_cache()}
     with log.open("wb") as out:
         return subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
+
+
+@cache
+def _torch_cache() -> str:
+    """A folder for what torch leaves behind, until this process ends.
+
+    All compilations share it: torch tries there what the processor can do, which takes seconds. Its
+    precompiled headers it keeps elsewhere, for all processes.
+    """
+    folder = tempfile.mkdtemp(prefix="cachegraph-torch-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _finished(running: Mapping[Path, subprocess.Popen[bytes]]) -> Iterator[Path]:

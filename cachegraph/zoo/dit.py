@@ -22,6 +22,7 @@ from cachegraph.zoo.layers import (
     modulate,
     plain_norm,
     position_embedding,
+    random_normal,
     unpatchify,
 )
 
@@ -45,7 +46,8 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        table = random_normal(num_classes + (dropout_prob > 0), hidden_size)
+        self.embedding_table = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
         """``(B,)`` to ``(B, C)``."""

@@ -44,6 +44,15 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Te
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def random_normal(*shape: int, std: float = 1.0) -> Tensor:
+    """Normal numbers around 0; on the meta device none are drawn.
+
+    There torch would import its compiler for it, which takes a second.
+    """
+    empty = torch.empty(shape)
+    return empty if empty.is_meta else empty.normal_(std=std)
+
+
 def position_embedding(width: int, grid_size: int) -> Tensor:
     """Fixed sine-cosine embedding of a square token grid, in row-major order.
 
@@ -55,8 +64,12 @@ def position_embedding(width: int, grid_size: int) -> Tensor:
         grid_size: tokens along one side.
 
     Returns:
-        ``(1, grid_size**2, width)`` in float32.
+        ``(1, grid_size**2, width)`` in float32; without contents on the meta device, as for
+        :func:`random_normal`.
     """
+    empty = torch.empty(1, grid_size**2, width)
+    if empty.is_meta:
+        return empty
     quarter = width // 4
     # float64 as in the published code: float32 angles would differ in the last digits
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)

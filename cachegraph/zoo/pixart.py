@@ -26,6 +26,7 @@ from cachegraph.zoo.layers import (
     modulate,
     plain_norm,
     position_embedding,
+    random_normal,
     unpatchify,
 )
 
@@ -49,7 +50,8 @@ class CaptionEmbedder(nn.Module):
         super().__init__()
         self.dropout_prob = dropout_prob
         self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
-        null = torch.randn(model_max_length, caption_channels) / caption_channels**0.5
+        std = caption_channels**-0.5
+        null = random_normal(model_max_length, caption_channels, std=std)
         self.register_buffer("y_embedding", null)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -322,4 +324,4 @@ def _attended(mask: Tensor, text: Tensor) -> Tensor:
 
 
 def _random_table(rows: int, hidden_size: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(rows, hidden_size) / hidden_size**0.5)
+    return nn.Parameter(random_normal(rows, hidden_size, std=hidden_size**-0.5))
