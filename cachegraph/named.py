@@ -41,8 +41,8 @@ class NamedGraph:
     sizes: Mapping[str, tuple[int, ...]]
 
     def example_sizes(self) -> dict[str, int]:
-        """The largest known value of every varying size: torch takes a size of 1 for a constant."""
-        return {name: values[0] for name, values in self.sizes.items()}
+        """The largest known value of every varying size, but 2 at least: see ``export_graph``."""
+        return {name: max(values[0], 2) for name, values in self.sizes.items()}
 
     def sizes_of(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """What the varying sizes are in a call with these inputs."""

@@ -41,7 +41,7 @@ def warm_up(artifact: Artifact, progress: Progress) -> None:
     graphs = named_graphs(artifact.program, artifact.graphs)
     for number, (function, name) in enumerate(zip(artifact.functions(), graphs, strict=True)):
         progress(f"compiling {name}", number, len(graphs))
-        sizes = graphs[name].example_sizes()
+        sizes = {size: values[0] for size, values in graphs[name].sizes.items()}
         tensors = [
             random_tensor("", spec.sizes(sizes), spec.dtype, generator)
             for spec in graphs[name].inputs.values()

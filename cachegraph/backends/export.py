@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
 
+from cachegraph.errors import BackendError
 from cachegraph.graph import copy_module
 from cachegraph.spec import TensorSpec
 
@@ -27,13 +28,30 @@ def export_graph(
         inputs: spec of each input; symbolic sizes stay dynamic.
         sizes: an example for each symbolic size; not 0 or 1, which torch takes for constants.
         device: that the graph runs on.
+
+    Raises:
+        BackendError: torch took a symbolic size for a constant; what is made of it would compute
+            wrong results for any other, and not say so.
     """
     example = tuple(torch.zeros(s.sizes(sizes), dtype=s.dtype, device=device) for s in inputs)
     varying = tuple(
         {i: Dim.AUTO for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in inputs
     )
     with torch.no_grad():
-        return torch.export.export(module, example, dynamic_shapes=varying, strict=False)
+        program = torch.export.export(module, example, dynamic_shapes=varying, strict=False)
+    given = program.graph_signature.user_inputs
+    exported = [n for n in program.graph.find_nodes(op="placeholder") if n.name in given]
+    for node, spec in zip(exported, inputs, strict=True):
+        for dim, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if isinstance(dim, str) and isinstance(size, int):
+                raise BackendError(
+                    "torch.export takes a size that varies for a constant",
+                    place=f"input {node.name}",
+                    expected=str(spec),
+                    found=str(size),
+                    remedy="compile for one batch (--static-batch), or with another backend",
+                )
+    return program
 
 
 @torch.no_grad()
