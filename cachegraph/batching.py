@@ -46,7 +46,7 @@ def batching_problem(step: StepGraph, clock: int | None, symbols: Mapping[str, i
         given[clock] = torch.stack([given[clock]] * 2)
         try:
             function(*given)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, ValueError) as error:
             return str(error).partition(". ")[0]
     return ""
 

@@ -59,7 +59,7 @@ class Roofline:
 
     def compute(self, node: fx.Node, calls: int) -> float:
         """Cost of an operation for each of ``calls`` steps that are computed in one go."""
-        if _is_free(node):
+        if is_view(node):
             return 0.0
         moved = self.launch + sum(_nbytes(n) for n in node.all_input_nodes if n.op == "get_attr")
         return _flops(node) / self.flops_per_byte + moved / calls
@@ -159,13 +159,21 @@ def model_bindings(
     )
 
 
+def hints(sizes: Sequence[int | torch.SymInt]) -> list[int]:
+    """Sizes or strides, with those of the example inputs in place of symbols."""
+    return [d if isinstance(d, int) else d.node.hint for d in sizes]
+
+
 def _is_random(node: fx.Node) -> bool:
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(dropout != 0.0)
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags
 
 
-def _is_free(node: fx.Node) -> bool:
-    """True where the result is another view of the operand."""
+def is_view(node: fx.Node) -> bool:
+    """True where the result is, or may be, another view of the first operand."""
     target: Any = node.target
     if not hasattr(target, "_schema"):
         return True  # operator.getitem, arithmetic on sizes
@@ -183,7 +191,7 @@ def _numel(value: Any) -> int:
         return sum(map(_numel, value))
     if not isinstance(value, Tensor):
         return 0
-    return math.prod(d if isinstance(d, int) else d.node.hint for d in value.shape)
+    return math.prod(hints(value.shape))
 
 
 def _flops(node: fx.Node) -> int:
@@ -200,5 +208,4 @@ def _flops(node: fx.Node) -> int:
         return _numel(value)
     position, axis = inner[node.target]
     operand: Any = node.args[position]
-    depth = operand.meta["val"].shape[axis]
-    return 2 * _numel(value) * (depth if isinstance(depth, int) else depth.node.hint)
+    return 2 * _numel(value) * hints(operand.meta["val"].shape)[axis]

@@ -187,11 +187,18 @@ def _parameters(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> It
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             continue
         seen.add(name)
-        default = {"const": p.default} if isinstance(p.default, _CONSTANTS) else None
-        yield Parameter(name, p.kind is not p.KEYWORD_ONLY, default)
+        yield Parameter(name, p.kind is not p.KEYWORD_ONLY, _constant(p.default))
     for name in arguments:
         if name not in seen:  # through **kwargs
             yield Parameter(name, False, None)
+
+
+def _constant(default: Any) -> Tree | None:
+    """The tree of a default that is a constant, or a tuple of some; else None."""
+    if isinstance(default, tuple):
+        children = [_constant(one) for one in default]
+        return {"tuple": children} if None not in children else None
+    return {"const": default} if isinstance(default, _CONSTANTS) else None
 
 
 def _describe(path: str, value: Any, counter: Iterator[int]) -> Tree:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree
 
 from .errors import ModelError, SiteError, TraceError
@@ -234,10 +235,12 @@ def _flatten(program: ExportedProgram, leaves: int) -> fx.GraphModule:
         if node.op == "output":
             graph.output(fx.node.map_arg(tuple(node.args[0]), made.__getitem__))
             continue
-        args = fx.node.map_arg(node.args, made.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, made.__getitem__)
+        _refuse_unknown_shape(node)
+        target, arguments, options = _plain_call(node)
+        args = fx.node.map_arg(arguments, made.__getitem__)
+        kwargs = fx.node.map_arg(options, made.__getitem__)
         name = _node_name(node, counts)
-        made[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)
+        made[node] = graph.create_node(node.op, target, args, kwargs, name=name)
         made[node].meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         if node.op == "placeholder":
             made[node].target = made[node].name
@@ -257,15 +260,45 @@ def _node_name(node: fx.Node, counts: dict[str, int]) -> str:
 
 
 def _is_no_op(node: fx.Node) -> bool:
-    """Inactive dropout, and clones that change no layout."""
+    """Inactive dropout, clones that change no layout, casts to the dtype that is there."""
     if node.target is aten.dropout.default:
         return not node.args[2]
+    if node.target is aten.type_as.default:
+        before, after = (n.meta["val"] for n in (node.all_input_nodes[0], node))
+        return (before.dtype, before.device) == (after.dtype, after.device)
     if node.target is aten.clone.default and not node.kwargs:
         source = node.args[0]
         return isinstance(source, fx.Node) and (
             source.meta["val"].stride() == node.meta["val"].stride()
         )
     return False
+
+
+def _plain_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Target and arguments; of a cast to another tensor's dtype without that tensor.
+
+    Else it would be known no earlier than that one, though only its dtype matters.
+    """
+    if node.target is not aten.type_as.default:
+        return node.target, node.args, node.kwargs
+    value = node.meta["val"]
+    return aten._to_copy.default, node.args[:1], {"dtype": value.dtype, "device": value.device}
+
+
+def _refuse_unknown_shape(node: fx.Node) -> None:
+    """Refuse what has no shape before it runs, and functions that are handed to an operator."""
+    unknown = sorted(map(str, free_unbacked_symbols(node.meta.get("val"))))
+    if unknown:
+        found = f"{node.name} makes {', '.join(unknown)}, which only contents decide"
+    elif node.op == "get_attr" and "val" not in node.meta and node.users:
+        found = f"{next(iter(node.users)).name} takes the function {node.target}"
+    else:
+        return
+    raise TraceError(
+        "the model is no graph of tensors whose shapes are known beforehand",
+        found=found,
+        remedy="do without .item(), boolean masks and operators that take a function",
+    )
 
 
 def _inline_autocast(module: fx.GraphModule) -> None:

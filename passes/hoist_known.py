@@ -9,7 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from cachegraph.binding import Binding, Known, Roofline, binding_times, is_size, worth_hoisting
+from cachegraph.binding import (
+    Binding,
+    Known,
+    Roofline,
+    binding_times,
+    hints,
+    is_size,
+    worth_hoisting,
+)
 from cachegraph.graph import KNOWN, ORIGIN, Origin, StepGraph
 from cachegraph.spec import TensorSpec
 
@@ -52,6 +60,7 @@ class HoistKnown:
         times = binding_times(step.graph, given)
         hoisted = worth_hoisting(step.graph, times, len(step.variant.steps), self.costs)
         kept = [n for n in step.graph.nodes if n in hoisted and set(n.users) - hoisted]
+        kept = [_in_order(step, node, times, hoisted) for node in kept]
         by_step = [n for n in kept if times[n] is Binding.STEP]
         by_request = [n for n in kept if times[n] is not Binding.STEP]
         step.request, by_request_dense = _prologue(step, by_request)
@@ -64,6 +73,50 @@ class HoistKnown:
             if not node.users and (node in hoisted or node.op == "get_attr" or is_size(node)):
                 step.graph.erase_node(node)
         return len(kept)
+
+
+def _in_order(
+    step: StepGraph, node: fx.Node, times: dict[fx.Node, Binding], hoisted: set[fx.Node]
+) -> fx.Node:
+    """What is handed over for a value: where its dimensions are permuted in memory, undo that.
+
+    Values are handed over dense and in order, but operations behind them count on their strides,
+    such as a view of heads that are next to each other. So the step permutes them back.
+    """
+    order = _order_in_memory(node.meta["val"])
+    if order == sorted(order):
+        return node
+    inverse = [order.index(i) for i in range(len(order))]
+    made = [node]
+    for name, dims in (("in_order", order), ("as_was", inverse)):
+        with step.graph.inserting_after(made[-1]):
+            view = step.graph.create_node(
+                "call_function",
+                torch.ops.aten.permute.default,
+                (made[-1], dims),
+                name=f"{node.name}_{name}",
+            )
+        view.meta = {"val": step.shapes.evaluate(view), ORIGIN: Origin(HoistKnown.name)}
+        times[view] = times[node]
+        made.append(view)
+    _, handed, restored = made
+    node.replace_all_uses_with(
+        restored, lambda u: u not in hoisted and u is not handed, propagate_meta=False
+    )
+    hoisted.add(handed)
+    return handed
+
+
+def _order_in_memory(value: Tensor) -> list[int]:
+    """The dimensions from the outermost to the innermost; as they are where memory has gaps."""
+    sizes, strides = map(hints, (value.shape, value.stride()))
+    order = sorted(range(value.ndim), key=lambda d: -strides[d])
+    expected = 1
+    for dim in reversed(order):
+        if sizes[dim] != 1 and strides[dim] != expected:
+            return list(range(value.ndim))
+        expected *= sizes[dim]
+    return order
 
 
 def _input(step: StepGraph, node: fx.Node, dense: Tensor, binding: Binding) -> fx.Node:

@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachegraph import ops
+from cachegraph.binding import Binding, binding_times, is_view
 from cachegraph.graph import CONSTANT, ORIGIN, Origin, Stage, StepGraph
 from cachegraph.shapes import Body
 
@@ -32,8 +33,9 @@ class Lower:
         %add_1 = aten.add.Tensor(%x, %slot_attn_0)
         return %add_2, %linear_5
 
-    What is left is a pure function of tensors that any backend can take. Left alone: everything
-    else.
+    What is left is a pure function of tensors that any backend can take. An output of the model
+    that shares its memory with a value which is needed later becomes a copy: the sampler may write
+    to it. Left alone: everything else.
     """
 
     name: ClassVar[str] = "lower"
@@ -52,12 +54,45 @@ class Lower:
             node.replace_all_uses_with(result, propagate_meta=False)
             step.graph.erase_node(node)
             lowered += 1
+        lowered += _copy_shared_outputs(step)
         for node in step.inputs:
             # An operation need not use all that it is given: ages, where one choice follows.
             if CONSTANT in node.meta and not node.users:
                 step.graph.erase_node(node)
         step.stage = Stage.LOWERED
         return lowered
+
+
+def _copy_shared_outputs(step: StepGraph) -> int:
+    """Copies of the model's outputs that lie in slots, in weights or in what is known beforehand.
+
+    Slots that are read are inputs now, and those that are written are outputs.
+    """
+    outputs = list(step.outputs)
+    count = step.model_outputs
+    written = set(map(_owner, outputs[count:]))
+    given = {node.name: b for node, b in zip(step.inputs, step.bindings, strict=False)}
+    times = binding_times(step.graph, given)
+    copied = 0
+    for index, node in enumerate(outputs[:count]):
+        owner = _owner(node)
+        own = owner.op == "call_function" and times[owner] is Binding.DYNAMIC
+        if own and owner not in written:
+            continue
+        with step.graph.inserting_before(step.output):
+            clone = step.graph.call_function(torch.ops.aten.clone.default, (node,))
+        clone.meta = {"val": step.shapes.evaluate(clone), ORIGIN: Origin(Lower.name)}
+        outputs[index] = clone
+        copied += 1
+    step.output.args = (tuple(outputs),)
+    return copied
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's value lies in."""
+    while node.op == "call_function" and is_view(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _traced(node: fx.Node) -> Body:

@@ -84,7 +84,7 @@ def _pieces(node: fx.Node) -> Iterator[tuple[fx.Node, Columns | None]]:
         elif on_last and user.target is aten.slice.Tensor and len(args) == 4:
             on_last = args[1] % value.ndim == last and user.meta["val"].shape[-1] > 0
             start = args[2] or 0
-            start = start + value.shape[-1] if start < 0 else start
+            start = max(start + value.shape[-1], 0) if start < 0 else start
             yield user, (start, start + int(user.meta["val"].shape[-1])) if on_last else None
         else:
             yield user, None

@@ -46,7 +46,10 @@ class Inductor:
                 # Marks stay on a tensor, and these are the sampler's: mark aliases of them.
                 tensors = [t.detach() for t in tensors]
                 for i, dim in vary:
-                    torch._dynamo.mark_dynamic(tensors[i], dim)
+                    # An expression may have one value only: (2*batch)//batch.
+                    plain = str(inputs[i].shape[dim]).isidentifier()
+                    mark = torch._dynamo.mark_dynamic if plain else torch._dynamo.maybe_mark_dynamic
+                    mark(tensors[i], dim)
                 marked.add(single)
             return (one if single else many)(*tensors)
 

@@ -83,6 +83,10 @@ def overlapping_slices(y: Tensor) -> Tensor:
     return y[..., 1:4] + y[..., 2:5] + y[..., -3:]
 
 
+def before_the_first(y: Tensor) -> Tensor:
+    return y[..., -100:-8]
+
+
 def everything(y: Tensor) -> Tensor:
     a, b, c, d = y.chunk(4, dim=-1)
     return a + b + c + d
@@ -103,6 +107,7 @@ def another_axis(y: Tensor) -> Tensor:
         (neighbours, [(3, 9)]),
         (pieces_of_different_sizes, [(0, 2), (9, 12)]),
         (overlapping_slices, [(1, 5), (9, 12)]),
+        (before_the_first, [(0, 4)]),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
