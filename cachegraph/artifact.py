@@ -46,7 +46,7 @@ def _unheard(_: str) -> None:
     """Progress that nobody asked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A compiled denoising loop, in memory or read from a folder.
 
@@ -61,6 +61,7 @@ class Artifact:
         backend: name of the backend that runs the graphs.
         device: that the weights are on.
         compiled: backend -> folder with what it compiled ahead of time.
+        saved: folder of an artifact that holds some of these -> digest of its manifest.
     """
 
     program: Program
@@ -72,6 +73,13 @@ class Artifact:
     backend: str
     device: torch.device
     compiled: dict[str, Path] = field(default_factory=dict)
+    saved: dict[Path, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """``Artifact(fora, 50 steps, 2 variants, aoti, cpu)``."""
+        method, steps = self.schedule.policy.method, len(self.program.steps)
+        variants = f"{len(self.graphs)} variant{'s' if len(self.graphs) > 1 else ''}"
+        return f"Artifact({method}, {steps} steps, {variants}, {self.backend}, {self.device})"
 
     def runner(
         self,
@@ -113,12 +121,33 @@ class Artifact:
         chosen = get_backend(backend or self.backend)
         if isinstance(chosen, AheadOfTime):
             self.compile_ahead(chosen.name)
-            named = named_graphs(self.program, self.graphs)
-            return chosen.open(named, self.weights, self.compiled[chosen.name], self.device)
+            named, folder = (
+                named_graphs(self.program, self.graphs),
+                self.compiled_folder(chosen.name),
+            )
+            return chosen.open(named, self.weights, folder, self.device)
         return [
             chosen.load(graph, layout.inputs)
             for graph, layout in zip(self.graphs, self.program.variants, strict=True)
         ]
+
+    def compiled_folder(self, backend: str) -> Path:
+        """Where a backend's files lie that were compiled ahead of time.
+
+        Raises:
+            ArtifactError: it lay in a folder that is gone or holds another artifact by now, whose
+                files do something else.
+        """
+        compiled = self.compiled[backend]
+        for folder, digest in self.saved.items():
+            if folder in compiled.parents and _digest_in(folder) != digest:
+                raise ArtifactError(
+                    "the artifact's folder is gone, or another one was written to it since",
+                    place=str(folder),
+                    expected="the artifact as it was saved or read",
+                    remedy="load it again: cachegraph.load(path)",
+                )
+        return compiled
 
     def compile_ahead(self, backend: str | None = None, progress: Progress = _unheard) -> None:
         """Let a backend that compiles ahead of time do so now, where it has not yet.
@@ -163,6 +192,7 @@ class Artifact:
         compiled = target / _COMPILED / self.backend
         if compiled.is_dir():
             self.compiled[self.backend] = compiled
+            self.saved[target] = _digest_in(target)
         return target
 
     def _write(self, folder: Path, progress: Progress, origin: Origin | None) -> None:
@@ -199,7 +229,7 @@ class Artifact:
         if not isinstance(chosen, AheadOfTime):
             return
         if chosen.name in self.compiled:
-            shutil.copytree(self.compiled[chosen.name], folder)
+            shutil.copytree(self.compiled_folder(chosen.name), folder)
         else:
             folder.mkdir(parents=True)
             self._emit(chosen, folder, progress)
@@ -251,6 +281,7 @@ def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> Artif
         backend=manifest["backend"],
         device=place,
         compiled={p.name: p for p in (folder / _COMPILED).glob("*")},
+        saved={folder: _digest(manifest)},
     )
 
 
@@ -350,6 +381,14 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_in(folder: Path) -> str:
+    """That of the manifest that lies in a folder now; empty where there is none to be read."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

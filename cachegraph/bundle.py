@@ -127,7 +127,7 @@ def export_onnx(artifact: Artifact, path: str | Path, progress: Progress) -> Pat
     steps = loop_steps(artifact.program, graphs, prologues)
     with written_whole(target) as folder:
         for name in graphs:
-            shutil.copy(artifact.compiled["onnx"] / f"{name}.onnx", folder)
+            shutil.copy(artifact.compiled_folder("onnx") / f"{name}.onnx", folder)
         Onnx().emit(prologues, artifact.weights, folder, progress)
         graphs = {**graphs, **prologues}
         progress("writing the weights")

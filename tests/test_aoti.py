@@ -21,8 +21,10 @@ import cachegraph as cg
 from cachegraph import artifact
 from cachegraph.artifact import load_artifact
 from cachegraph.backends import aoti, aoti_worker
-from cachegraph.errors import BackendError
+from cachegraph.backends.export import export_graph
+from cachegraph.errors import ArtifactError, BackendError
 from cachegraph.serialise import graph_from_json
+from cachegraph.spec import TensorSpec
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
 from tests.models import (
@@ -157,7 +159,7 @@ def test_settings_of_the_compiler_are_part_of_what_is_compiled(
     jobs: list[set[str]] = []
     monkeypatch.setattr(aoti, "_compile", lambda todo, *_: jobs.append(set(todo.values())))
     monkeypatch.setattr(aoti, "_cached", Path)
-    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    monkeypatch.setattr(aoti, "_is_whole", lambda _: False)
     monkeypatch.setattr(shutil, "copyfile", lambda *_: None)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_MAX_AUTOTUNE", "CXX"):
         monkeypatch.setenv(name, "1")
@@ -216,6 +218,98 @@ def test_an_artifact_of_another_machine_is_refused(folder: Path) -> None:
     )
     assert "load it with backend='inductor'" in str(caught.value)
     assert cg.load(folder, backend="eager")(*dit_steps(1)[0]).shape == (2, 4, 8, 8)
+
+
+def test_an_artifact_that_lacks_instructions_here_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aoti, "_instructions", lambda: ["avx", "amx_tile"])
+    path = folder / "compiled/aoti/built_for.json"
+    built = json.loads(path.read_text())
+    path.write_text(json.dumps(built | {"instructions": ["avx"]}))
+    signed(folder)
+    cg.load(folder)  # more than was there is fine
+    path.write_text(json.dumps(built | {"instructions": ["avx", "avx_next"]}))
+    signed(folder)
+    with pytest.raises(BackendError, match="without avx_next"):
+        cg.load(folder)
+
+
+def test_an_artifact_that_was_replaced_meanwhile_is_refused(original: Path, folder: Path) -> None:
+    loaded = load_artifact(folder)
+    loaded.runner()
+    manifest = folder / "manifest.json"
+    kept = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(kept) | {"digest": "another"}))
+    for use in (loaded.runner, lambda: loaded.save(folder.with_name("copy"))):
+        with pytest.raises(ArtifactError, match="another one was written to it since"):
+            use()
+    shutil.rmtree(folder)
+    with pytest.raises(ArtifactError, match="is gone"):
+        cg.load(loaded)
+    assert repr(load_artifact(original)) == "Artifact(fora, 6 steps, 2 variants, aoti, cpu)"
+
+
+def test_a_damaged_file_of_the_cache_is_compiled_again(
+    original: Path, traced: TracedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [first, *_] = files = sorted((cache / "aoti").glob("*.pt2"))
+    whole = first.read_bytes()
+    try:
+        for damaged in (whole[: len(whole) // 2], whole[:500] + b"?" + whole[501:], b""):
+            first.write_bytes(damaged)
+            todo: list[Path] = []
+
+            def compile_again(jobs: dict[Path, str], *_: object, todo: list[Path] = todo) -> None:
+                todo += jobs
+                first.write_bytes(whole)
+
+            monkeypatch.setattr(aoti, "_compile", compile_again)
+            compile_traced(narrow_dit(), traced, SCHEDULE, backend="aoti")
+            assert todo == [first]
+    finally:
+        first.write_bytes(whole)
+    assert len(files) == 2
+    with pytest.raises(BackendError, match=r"cannot be opened; .*compile it again"):
+        aoti._function(original / "manifest.json", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bfloat16, torch.bool, torch.int64])
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), ()])
+def test_numbers_of_small_weights_reach_the_compiler(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    text = json.dumps(aoti._numbers(weight))
+    read = aoti_worker._tensor(json.loads(text), TensorSpec.of(weight))
+    assert read.dtype == dtype
+    assert torch.equal(read, weight)
+
+
+def test_an_example_of_one_does_not_fix_the_batch(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        aoti, "_compile", lambda todo, *_: jobs.extend(map(json.loads, todo.values()))
+    )
+    monkeypatch.setattr(aoti, "_cached", Path)
+    monkeypatch.setattr(aoti, "_is_whole", lambda _: False)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: None)
+    cg.compile(narrow_dit(), SCHEDULE, dit_steps(1, batch=1)[0], backend="aoti")
+    assert [job["sizes"] for job in jobs] == [{"batch": 2}] * 2
+
+
+def test_a_size_that_torch_takes_for_a_constant_is_refused() -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, torch.ones(2, 3))
+
+    with pytest.raises(BackendError) as caught:
+        export_graph(
+            torch.fx.symbolic_trace(Fixed()), [TensorSpec(("batch",), torch.float32)], {"batch": 3}
+        )
+    assert (caught.value.expected, caught.value.found) == ("f32[batch]", "3")
 
 
 def test_the_compiler_copies_no_weights(

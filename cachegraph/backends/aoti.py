@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -34,6 +35,14 @@ from cachegraph.weights import stored_weight
 from . import Progress
 
 _WORKER = "cachegraph.backends.aoti_worker"
+_SOURCES = ("aoti_worker.py", "export.py")  # what of this code a compiled graph depends on
+_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    # The number of threads is that of the machine which runs it.
+    "cpp.dynamic_threads": True,
+}
+# Instructions that g++ -march=native, which torch calls, may write.
+_INSTRUCTIONS = re.compile("s?sse|avx|amx|fma|f16c|bmi|abm|movbe|popcnt|adx|gfni|asimd|sve|bf16")
 _BUILT_FOR = "built_for.json"
 _MODEL = "model"  # torch's name for the only one of a package
 _INLINED = 64  # elements; inductor writes the numbers of small weights (up to 8) into the code
@@ -69,7 +78,7 @@ class Aoti:
         jobs = {name: _job(graph, weights, device) for name, graph in graphs.items()}
         wanted = {name: _cached(job) for name, job in jobs.items()}
         # Two graphs may be the same but for their names.
-        todo = {path: name for name, path in wanted.items() if not path.is_file()}
+        todo = {path: name for name, path in wanted.items() if not _is_whole(path)}
         progress(f"compiling ahead of time: {', '.join(todo.values()) or 'all is in the cache'}")
         if todo:
             _compile({path: jobs[name] for path, name in todo.items()}, todo, progress)
@@ -86,12 +95,13 @@ class Aoti:
     ) -> list[StepFunction]:
         """The libraries, with the weights handed to them."""
         built, here = json.loads((folder / _BUILT_FOR).read_text()), _machine(device)
-        if built != here:
+        lacks = sorted({*built.pop("instructions", ())} - {*here.pop("instructions")})
+        if built != here or lacks:
             raise BackendError(
                 "the artifact was compiled for another machine",
                 place=str(folder),
                 expected=_described(built),
-                found=_described(here),
+                found=_described(here) + (f", without {', '.join(lacks)}" if lacks else ""),
                 remedy="compile it here, or load it with backend='inductor'",
             )
         return [_function(folder / f"{name}.pt2", weights) for name in graphs]
@@ -101,7 +111,15 @@ def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
     # torch's own way to open it looks for a C++ compiler and tries that, to compare the machines;
     # and it reads the form of the call from JSON at every call. Single-threaded, for its own guard
     # against threads queries events, which a CUDA graph cannot record.
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, True, 1, -1)
+    try:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, True, 1, -1)
+    except RuntimeError as error:
+        raise BackendError(
+            "what was compiled ahead of time cannot be opened",
+            place=str(path),
+            found=str(error).splitlines()[0],
+            remedy="compile it again with --force",
+        ) from error
     lock = Lock()
     used = {name: stored_weight(weights, name).contiguous() for name in loader.get_constant_fqns()}
     if used:
@@ -128,13 +146,20 @@ def _job(graph: NamedGraph, weights: Mapping[str, Tensor], device: torch.device)
         {
             "nodes": nodes,
             "weights": {name: str(TensorSpec.of(tensor)) for name, tensor in used.items()},
-            "values": {k: t.tolist() for k, t in used.items() if t.numel() <= _INLINED},
+            "values": {k: _numbers(t) for k, t in used.items() if t.numel() <= _INLINED},
             "inputs": [str(spec) for spec in graph.inputs.values()],
             "sizes": {name: sizes[name] if name == BATCH else _TOKENS for name in sizes},
             "built_for": _machine(device),
+            "options": _OPTIONS,
             "settings": compiler_settings(),
+            "code": [Path(__file__).with_name(name).read_text() for name in _SOURCES],
         }
     )
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """As JSON has them; complex ones are pairs."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).tolist()
 
 
 def compiler_settings() -> dict[str, str]:
@@ -142,16 +167,32 @@ def compiler_settings() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if _SETTINGS.match(name)}
 
 
-def _machine(device: torch.device) -> dict[str, str]:
+def _machine(device: torch.device) -> dict[str, Any]:
     """What compiled code runs on."""
     if device.type == "cuda":
         kind = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": device.type, "kind": kind, "torch": torch.__version__}
+    return {
+        "device": device.type,
+        "kind": kind,
+        "torch": torch.__version__,
+        "instructions": _instructions(),
+    }
 
 
-def _described(machine: Mapping[str, str]) -> str:
+@cache
+def _instructions() -> list[str]:
+    """Which of those that compiled code may use this processor has; none where nobody tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return sorted(filter(_INSTRUCTIONS.match, found.partition(":")[2].split()))
+
+
+def _described(machine: Mapping[str, Any]) -> str:
     return f"{machine['device']} {machine['kind']}, torch {machine['torch']}"
 
 
@@ -163,6 +204,15 @@ def _cache() -> Path:
 
 def _cached(job: str) -> Path:
     return _cache() / f"{hashlib.sha256(job.encode()).hexdigest()}.pt2"
+
+
+def _is_whole(path: Path) -> bool:
+    """False also for a file of which a part is lost, as after a power failure."""
+    try:
+        with zipfile.ZipFile(path) as package:
+            return package.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Progress) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,11 +15,13 @@ from cachegraph.spec import TensorSpec
 
 from .export import export_graph
 
-_OPTIONS = {
-    "aot_inductor.package_constants_in_so": False,
-    # The number of threads is that of the machine which runs it.
-    "cpp.dynamic_threads": True,
-}
+
+def _tensor(numbers: Any, spec: TensorSpec) -> Tensor:
+    sizes = spec.sizes({})  # lists do not tell them where there are no numbers
+    if spec.dtype.is_complex:
+        pairs = torch.tensor(numbers, dtype=spec.dtype.to_real())
+        return torch.view_as_complex(pairs.reshape(*sizes, 2))
+    return torch.tensor(numbers, dtype=spec.dtype).reshape(sizes)
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
     for name, text in job["weights"].items():
         spec = TensorSpec.parse(text)
         if name in job["values"]:  # small: the compiler may write its numbers into the code
-            weights[name] = torch.tensor(job["values"][name], dtype=spec.dtype, device=device)
+            weights[name] = _tensor(job["values"][name], spec).to(device)
         else:  # never written to, so on the CPU it takes no memory; inductor would copy a buffer
             empty = torch.empty(spec.sizes({}), dtype=spec.dtype, device=device)
             weights[name] = nn.Parameter(empty, requires_grad=False)
@@ -39,7 +42,7 @@ def main() -> None:
     inputs = [TensorSpec.parse(text) for text in job["inputs"]]
     program = export_graph(module, inputs, job["sizes"], device)
     torch._inductor.aoti_compile_and_package(
-        program, package_path=str(target), inductor_configs=_OPTIONS
+        program, package_path=str(target), inductor_configs=job["options"]
     )
 
 
