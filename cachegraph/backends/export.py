@@ -39,19 +39,25 @@ def export_graph(
     )
     with torch.no_grad():
         program = torch.export.export(module, example, dynamic_shapes=varying, strict=False)
+    _refuse_fixed(program, inputs)
+    return program
+
+
+def _refuse_fixed(program: ExportedProgram, inputs: Sequence[TensorSpec]) -> None:
     given = program.graph_signature.user_inputs
     exported = [n for n in program.graph.find_nodes(op="placeholder") if n.name in given]
-    for node, spec in zip(exported, inputs, strict=True):
-        for dim, size in zip(spec.shape, node.meta["val"].shape, strict=True):
-            if isinstance(dim, str) and isinstance(size, int):
+    for node, wanted in zip(exported, inputs, strict=True):
+        found = TensorSpec.of(node.meta["val"])
+        for dim, size in zip(wanted.shape, found.shape, strict=True):
+            # An expression may have one value only: (2*batch)//batch.
+            if isinstance(size, int) and isinstance(dim, str) and dim.isidentifier():
                 raise BackendError(
                     "torch.export takes a size that varies for a constant",
                     place=f"input {node.name}",
-                    expected=str(spec),
-                    found=str(size),
+                    expected=str(wanted),
+                    found=str(found),
                     remedy="compile for one batch (--static-batch), or with another backend",
                 )
-    return program
 
 
 @torch.no_grad()
