@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Build:
         reports: what each pass did.
         cost: what a trajectory costs.
         weights: name -> tensor, shared by all graphs.
+        varying: inputs that were said to differ from step to step.
+        disabled: names of exact optimisations that were left out.
     """
 
     traced: TracedModel
@@ -51,6 +53,8 @@ class Build:
     reports: tuple[PassReport, ...]
     cost: PlanCost
     weights: Mapping[str, Tensor]
+    varying: tuple[str, ...] = ()
+    disabled: tuple[str, ...] = ()
 
 
 def build(
@@ -97,7 +101,8 @@ def build(
 
     graphs = rewrite(traced, plan, passes=passes, varying=varying, weights=weights, on_pass=on_pass)
     cost = plan_cost(plan, graphs, traced.module, weights, traced.symbols)
-    return Build(traced, asked, plan, graphs, tuple(reports), cost, weights)
+    said = tuple(varying), tuple(disable)
+    return Build(traced, asked, plan, graphs, tuple(reports), cost, weights, *said)
 
 
 def compile(
@@ -163,8 +168,9 @@ def assemble(built: Build, backend: str) -> Artifact:
         BackendError: the backend is unknown or cannot take the graphs.
     """
     check_all(get_backend(backend), [(step.variant.name, step.graph) for step in built.graphs])
+    program = make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost)
     return Artifact(
-        program=make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost),
+        program=replace(program, varying=built.varying, disabled=built.disabled),
         schedule=built.schedule,
         graphs=tuple(step.module for step in built.graphs),
         prologues=named_prologues(built.graphs),

@@ -84,6 +84,8 @@ class Program:
         timesteps: the sampler's, one a step, or None.
         ascending: time grows along a trajectory.
         config: the model's own configuration, as plain data.
+        varying: inputs that were said to differ from step to step.
+        disabled: names of exact optimisations that were left out.
     """
 
     sites: tuple[Site, ...]
@@ -99,6 +101,8 @@ class Program:
     timesteps: tuple[float, ...] | None
     ascending: bool
     config: Mapping[str, Any]
+    varying: tuple[str, ...] = ()
+    disabled: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
