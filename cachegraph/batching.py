@@ -20,7 +20,7 @@ def over_steps(module: fx.GraphModule, clock: int) -> Callable[..., tuple[Tensor
         module: computes known values from the model's inputs.
         clock: index of the timestep among these.
     """
-    return _over_steps(_with_plain_sizes(module), len(_inputs(module)), clock)
+    return _over_steps(_for_vmap(module), len(_inputs(module)), clock)
 
 
 def batching_problem(step: StepGraph, clock: int | None, symbols: Mapping[str, int]) -> str:
@@ -36,7 +36,7 @@ def batching_problem(step: StepGraph, clock: int | None, symbols: Mapping[str, i
     """
     if step.prologue is None or clock is None:
         return ""
-    module = _with_plain_sizes(step.prologue)
+    module = _for_vmap(step.prologue)
     inputs = _inputs(module)
     shapes = _Shapes(module, symbols)
     function = _over_steps(shapes.run, len(inputs), clock)
@@ -47,7 +47,7 @@ def batching_problem(step: StepGraph, clock: int | None, symbols: Mapping[str, i
         try:
             function(*given)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            return str(error).partition(". ")[0]
+            return str(error).partition("\n")[0].partition(". ")[0]
     return ""
 
 
@@ -77,12 +77,20 @@ def _inputs(module: fx.GraphModule) -> list[fx.Node]:
     return list(module.graph.find_nodes(op="placeholder"))
 
 
-def _with_plain_sizes(module: fx.GraphModule) -> fx.GraphModule:
-    """The same for vmap, which has no rule for the operator that takes a size."""
-    operator = torch.ops.aten.sym_size.int
-    if not module.graph.find_nodes(op="call_function", target=operator):
+def _for_vmap(module: fx.GraphModule) -> fx.GraphModule:
+    """The same, as vmap takes it.
+
+    It has no rule for the operator that takes a size, and attention lays its result out otherwise
+    there, so that it cannot be viewed as it was.
+    """
+    aten = torch.ops.aten
+    attention = aten.scaled_dot_product_attention.default
+    if not any(n.target in (aten.sym_size.int, attention) for n in module.graph.nodes):
         return module
     graph = copy_graph(module.graph)
-    for node in graph.find_nodes(op="call_function", target=operator):
-        node.op, node.target = "call_method", "size"
+    for node in graph.nodes:
+        if node.target is aten.sym_size.int:
+            node.op, node.target = "call_method", "size"
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default
     return fx.GraphModule(module, graph)

@@ -50,6 +50,11 @@ def refined_text(m: Odd, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     return m.body(x + text.mean(1, keepdim=True), t)
 
 
+def text_refined_by_time(m: Odd, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Several steps at once lay the result of attention out otherwise."""
+    return refined_text(m, x, t, text + m.time(t[:, None])[:, None])
+
+
 def heads_side_by_side(m: Odd, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """The view needs the strides that the known value has."""
     value = F.gelu(m.heads(m.v(text)))
@@ -78,6 +83,7 @@ def the_value_itself(m: Odd, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor
 
 FORWARDS = [
     refined_text,
+    text_refined_by_time,
     heads_side_by_side,
     cast_like_the_image,
     a_view_of_a_value,
