@@ -134,6 +134,17 @@ def test_fractional_timesteps_are_learned(times: list[float]) -> None:
     )
 
 
+def test_a_first_step_that_failed_forgets_nothing(
+    run: cg.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(run, image(1))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(run, "run_step", lambda *_: 1 / 0)
+        run(*image(2)[0])
+    run(*image(2)[0])
+    refused(lambda: run(*image(3, [650])[0]), "expected step 1 (timestep 800)")
+
+
 def test_branches_learn_by_themselves(compiled: Compiled, run: cg.Runner) -> None:
     lower = [time - 25 for time in TIMES]
     for _ in range(2):
@@ -156,6 +167,17 @@ def test_an_image_by_timesteps_after_one_by_steps(compiled: Compiled, run: cg.Ru
             found = [run(*call, step=step) for step, call in enumerate(image(seed))]
             assert same(found, compiled.wanted(image(seed)))
             assert same(play(run, image(seed)), compiled.wanted(image(seed)))
+
+
+def test_an_aborted_image_by_steps_is_not_continued_either(
+    compiled: Compiled, run: cg.Runner
+) -> None:
+    play(run, image(1))
+    for step in range(2):
+        run(*image(2)[step], step=step)
+    refused(lambda: run(*image(3, [650])[0]), "expected step 2 (timestep 700), or step 0 (timeste")
+    with pytest.warns(UserWarning, match="ended after 2 of 6 steps"):
+        assert same(play(run, image(3)), compiled.wanted(image(3)))
 
 
 def test_steps_of_numpy(compiled: Compiled, run: cg.Runner) -> None:
