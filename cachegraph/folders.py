@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EEXIST, ENOTEMPTY
 from pathlib import Path
 
 from .errors import ArtifactError, InputError
@@ -119,9 +120,9 @@ def _swap(partial: Path, target: Path) -> None:
             partial.rename(target)
             placed = True
         except BaseException as error:
-            overtaken = isinstance(error, OSError) and target.exists()  # by another writer
-            if not overtaken:
-                with suppress(FileNotFoundError):
+            # Another writer may have put its own there in the meantime.
+            if not isinstance(error, OSError) or error.errno not in (ENOTEMPTY, EEXIST):
+                with suppress(OSError):
                     old.rename(target)
                 raise
         if old.exists():

@@ -20,8 +20,8 @@ def test_several_may_write_to_one_place(tmp_path: Path) -> None:
     target, together = tmp_path / "out", threading.Barrier(WRITERS)
 
     def write(number: int) -> None:
-        for _ in range(20):
-            together.wait(timeout=60)
+        for _ in range(50):
+            together.wait(timeout=5)
             with written_whole(target) as folder:
                 for name in ("a", "b"):
                     (folder / name).write_text(str(number))
@@ -91,6 +91,10 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert make_folder(cache_folder("aoti")).is_dir()
 
 
+def no_permission(path: Path) -> bool:
+    raise PermissionError(path)
+
+
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders.os, "access", lambda *_: False)  # root may do anything
     for folder in (tmp_path, tmp_path / "new" / "newer"):
@@ -99,7 +103,9 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(ArtifactError, match=f"found no permission: {tmp_path}; choose"):
             refuse_foreign(folder / "out", "mark", "artifact")
     (tmp_path / "mark").touch()
-    refuse_foreign(tmp_path, "mark", "artifact")  # nothing need be written where all is there
+    with monkeypatch.context() as patch:  # as where one may not even look
+        patch.setattr(Path, "exists", no_permission)
+        refuse_foreign(tmp_path, "mark", "artifact")  # nothing need be written where all is there
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
