@@ -15,6 +15,7 @@ from .program import Program
 from .tracking import Tracking, timestep_input
 
 REQUEST = "request"
+_SMALL = 64 * 1024  # bytes that are compared at each step, for the price of a kernel or two
 StepFunction = Callable[..., Sequence[Tensor]]  # a graph that can be called
 
 
@@ -89,9 +90,14 @@ class _Lasting:
         return cls(tensor, _version(tensor), tensor.clone())
 
     def is_same(self, tensor: Tensor) -> bool:
-        """Compares the contents only where the tensor is another one or was written to."""
+        """Compares the contents where the tensor is another one, was written to, or is small.
+
+        Writes through ``.data`` or numpy are not counted by torch, so they are found in small
+        tensors on the CPU only.
+        """
         untouched = tensor is self.tensor and self.version == _version(tensor) >= 0
-        return untouched or torch.equal(tensor, self.copy)
+        small = tensor.is_cpu and tensor.nbytes <= _SMALL
+        return (untouched and not small) or _equal(tensor, self.copy)
 
 
 class KnownValues:
@@ -133,9 +139,10 @@ class KnownValues:
 
         Args:
             times: one a step.
-            like: a timestep as the model takes it.
+            like: a timestep as the model takes it; for whole ones they are rounded.
         """
-        self._times = {step: torch.full_like(like, time) for step, time in enumerate(times)}
+        given = times if like.is_floating_point() else map(round, times)
+        self._times = {step: torch.full_like(like, time) for step, time in enumerate(given)}
 
     def at(self, step: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The known values that a step's graph takes, in its order.
@@ -220,6 +227,14 @@ class KnownValues:
                     remedy=f"compile with varying=[{name!r}] if it differs from step to step; "
                     "two images at a time need a run.session() each",
                 )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same, also where that is NaN."""
+    if torch.equal(one, other):
+        return True
+    fractional = one.is_floating_point() or one.is_complex()
+    return fractional and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _version(tensor: Tensor) -> int:

@@ -84,7 +84,7 @@ class Session:
             if self._recorder is not None and shapes != branch.shapes:
                 branch.replays = runner.replays(self._recorder)
             branch.known.begin(inputs)
-            branch.shapes, branch.position = shapes, Position()
+            branch.shapes, branch.position = shapes, Position(learned=position.learned)
         elif shapes != branch.shapes:
             self._refuse_change(branch, shapes, position.step)
         known = branch.known.at(position.step, inputs)

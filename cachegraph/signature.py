@@ -85,6 +85,8 @@ class CallSignature:
                 _match(name, traced or {"const": None}, given[name], found)
             elif traced != parameter.default or traced is None:
                 raise SessionError(f"the call lacks {name!r}", expected=self.describe())
+            if name == _CONTAINER_SWITCH:
+                self._check_container(traced, given.get(name))
         return [found[i] for i in range(len(self.inputs))]
 
     def unflatten(self, outputs: Sequence[Tensor], return_dict: bool | None = None) -> Any:
@@ -92,16 +94,19 @@ class CallSignature:
         result = _build(self.result, outputs)
         if return_dict is False and isinstance(result, Output):
             return result.to_tuple()
-        if return_dict is True and isinstance(result, tuple):
-            raise SessionError(
-                "the model was traced with return_dict=False",
-                remedy="trace it with return_dict=True, or call it with return_dict=False",
-            )
         return result
 
     def describe(self) -> str:
         """``(x: f32[s0, 4, 32, 32], t: i64[s0])``."""
         return "(" + ", ".join(f"{name}: {spec}" for name, spec in self.inputs) + ")"
+
+    def _check_container(self, traced: Tree | None, wanted: Any) -> None:
+        """Refuse to make an object of a tuple, whose fields nobody knows."""
+        if wanted is True and traced != {"const": True} and "tuple" in self.result:
+            raise SessionError(
+                "the model was traced with return_dict=False",
+                remedy="trace it with return_dict=True, or call it with return_dict=False",
+            )
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [p.name for p in self.parameters if p.positional]

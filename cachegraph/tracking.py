@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .errors import SessionError
 from .signature import CallSignature
+from .spec import TensorSpec
 
 Track = Literal["timestep", "count"]
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "time_step")
+_REPEATED = (
+    "separate cond and uncond calls need run.cache_context('cond'), two images at a time a "
+    "run.session() each, a sampler that repeats timesteps (Heun) track='count' or step="
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Tracking:
         """
         time = None
         if step is not None:
-            self._check_given(step, position)
+            step = self._given(step, position)
         elif self.counting:
             step = (position.step + 1) % self.steps
         elif self.input is None:
@@ -69,44 +75,80 @@ class Tracking:
                     stacklevel=4,
                 )
         elif step != position.step + 1:
-            raise SessionError(f"step {step} is out of order", expected=self._expected(position))
-        return Position(step, time)
+            raise SessionError(
+                f"step {step} is out of order",
+                expected=self._expected(position),
+                remedy=_REPEATED if time is not None and step == position.step else "",
+            )
+        return self._moved(position, step, time)
 
-    def _check_given(self, step: int, position: Position) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < self.steps:
+    def _moved(self, position: Position, step: int, time: float | None) -> Position:
+        """The position after a call; a whole trajectory teaches the timesteps of the next."""
+        times = (*(position.times if step else ()), *(() if time is None else (time,)))
+        learned = position.learned
+        if step == 0 and time is not None and learned and not _near(time, learned[0]):
+            learned = ()  # the sampler was set otherwise
+        return Position(step, time, times, times if len(times) == self.steps else learned)
+
+    def _given(self, step: Any, position: Position) -> int:
+        """A step that the caller says, as a plain number; numpy's are fine."""
+        try:
+            number = -1 if isinstance(step, bool) else operator.index(step)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.steps:
             raise SessionError(
                 "no such step",
                 expected=f"0 to {self.steps - 1}: the schedule has {self.steps} steps",
                 found=repr(step),
             )
-        if step and position.step < 0:
+        if number and position.step < 0:
             raise SessionError(
-                f"step {step} is the first call of the trajectory", expected="step 0"
+                f"step {number} is the first call of the trajectory", expected="step 0"
             )
+        return number
 
     def _by_time(self, position: Position, time: float) -> int:
         known = self.timesteps
-        if known is not None:
-            near = min(range(self.steps), key=lambda s: abs(known[s] - time))
-            if not math.isclose(known[near], time, rel_tol=1e-4, abs_tol=1e-4):
-                raise SessionError(
-                    f"timestep {time:g} is not one of the schedule's",
-                    expected=f"{self._expected(position)}; nearest {known[near]:g}",
-                    remedy="set the sampler's in the schedule, or load with timesteps=[...]",
-                )
-            return near
-        if position.step < 0 or position.time is None:
-            return 0 if position.step < 0 else self._next(position)
-        if time == position.time and position.step > 0 and self.steps > 1:
+        if known is None:
+            return self._by_order(position, time)
+        near = min(range(self.steps), key=lambda s: abs(known[s] - time))
+        if not _near(known[near], time):
+            raise SessionError(
+                f"timestep {time:g} is not one of the schedule's",
+                expected=f"{self._expected(position)}; nearest {known[near]:g}",
+                remedy="set the sampler's in the schedule, or load with timesteps=[...]",
+            )
+        return near
+
+    def _by_order(self, position: Position, time: float) -> int:
+        """By the timesteps of the last whole trajectory, else by whether time goes on."""
+        following, before = position.step + 1, position.time
+        if position.step < 0 or (before is None and following == self.steps):
+            return 0
+        if time == before and position.step > 0 and self.steps > 1:
             raise SessionError(
                 f"timestep {time:g} is called twice",
                 place=f"step {position.step}",
                 expected=self._expected(position),
-                remedy="separate cond and uncond calls need run.cache_context('cond'), "
-                "two images at a time a run.session() each",
+                remedy=_REPEATED,
             )
-        onward = time > position.time if self.ascending else time < position.time
-        return self._next(position) if onward else 0
+        learned = position.learned if following < self.steps else ()
+        if learned and _near(time, learned[following]):
+            return following
+        if learned and _near(time, learned[0]):
+            return 0
+        if before is not None and not (time > before if self.ascending else time < before):
+            return 0  # time went back: another setting of the sampler
+        if learned:
+            raise SessionError(
+                f"timestep {time:g} is not the next one of the trajectory before",
+                place=f"step {position.step}",
+                expected=self._expected(position),
+                remedy="call reset() if the last image was aborted or the sampler is set "
+                "otherwise now; else load with timesteps=[...], or say the step: run(..., step=s)",
+            )
+        return self._next(position)
 
     def _next(self, position: Position) -> int:
         if position.step + 1 >= self.steps:
@@ -121,16 +163,31 @@ class Tracking:
         following = position.step + 1
         if following >= self.steps:
             return "step 0: the trajectory is complete"
-        at = f" (timestep {self.timesteps[following]:g})" if self.timesteps else ""
-        return f"step {following}{at}" + (", or step 0 for a new trajectory" if following else "")
+        times = self.timesteps or position.learned
+
+        def shown(step: int) -> str:
+            return f"step {step}" + (f" (timestep {times[step]:g})" if times else "")
+
+        more = f", or {shown(0)} for a new trajectory" if following else ""
+        return shown(following) + more
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a trajectory stands; before its first step ``step`` is -1."""
+    """Where a trajectory stands.
+
+    Attributes:
+        step: of the last call; -1 before the first one.
+        time: timestep of the last call, where it was read.
+        times: timesteps of the trajectory's calls that were read.
+        learned: all timesteps of the last trajectory that was whole; empty where there is none or
+            one has begun at another timestep since.
+    """
 
     step: int = -1
     time: float | None = None
+    times: tuple[float, ...] = ()
+    learned: tuple[float, ...] = ()
 
 
 def timestep_of(timestep: Tensor) -> float:
@@ -177,7 +234,7 @@ def checked_timesteps(timesteps: Sequence[float], steps: int, ascending: bool) -
             expected=expected,
             found=found,
             remedy="give what the sampler passes to the model; the schedule's 'order:' says "
-            "whether they fall or rise",
+            "whether they fall or rise; one that repeats them (Heun) needs track='count' or step=",
         )
     return times
 
@@ -193,13 +250,15 @@ def make_tracking(
     """How calls of a traced model find their step.
 
     Raises:
-        SessionError: ``track`` is unknown.
+        SessionError: ``track`` is unknown, or the model takes whole timesteps and these are not.
     """
     if track not in ("timestep", "count"):
         raise SessionError(
             "unknown way to track steps", expected="'timestep' or 'count'", found=repr(track)
         )
     found = timestep_input(signature)
+    if found is not None:
+        _check_whole(*signature.inputs[found], timesteps or ())
     return Tracking(steps, found, track == "count", timesteps, ascending)
 
 
@@ -207,3 +266,19 @@ def timestep_input(signature: CallSignature) -> int | None:
     """Index of the timestep among a model's inputs; None where none is named like it."""
     names = [name for name, _ in signature.inputs]
     return next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)
+
+
+def _check_whole(name: str, spec: TensorSpec, timesteps: Sequence[float]) -> None:
+    broken = [t for t in timesteps if abs(t - round(t)) > 1e-4]
+    if broken and not spec.dtype.is_floating_point:
+        raise SessionError(
+            f"input {name!r} takes whole timesteps",
+            expected=str(spec),
+            found=str(broken[0]),
+            remedy="give them as the sampler passes them to the model",
+        )
+
+
+def _near(one: float, other: float) -> bool:
+    """The same timestep, however it was rounded."""
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4)

@@ -100,6 +100,10 @@ def play(run: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
     return [run(*call) for call in calls]
 
 
+def play_steps(run: Callable[..., Tensor], calls: Sequence[Call], first: int = 0) -> list[Tensor]:
+    return [run(*call, step=step) for step, call in enumerate(calls, first)]
+
+
 def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-5
 
@@ -218,10 +222,10 @@ def test_a_sampler_that_changes_its_timesteps(compiled: Compiled, runs: Runs) ->
     assert runs.ahead == []
     # Timesteps that agree at first and differ later: what was computed ahead for those is not used.
     mixed = [*later(image(3)[:3], -3), *later(image(3)[3:], -5)]
-    assert same(play(run, mixed), compiled.wanted(mixed))
+    assert same(play_steps(run, mixed), compiled.wanted(mixed))
     assert runs.ahead == [times(FULL, -3), times(REUSED, -3)]
     assert runs.alone[2 * STEPS :] == [1, 1, 0]
-    assert same(play(run, mixed), compiled.wanted(mixed))
+    assert same(play_steps(run, mixed), compiled.wanted(mixed))
     assert len(runs.alone) == 2 * STEPS + 3
 
 
@@ -257,8 +261,7 @@ def test_timesteps_that_differ_within_a_batch(compiled: Compiled, batched: bool)
     apart = torch.tensor([0, 40])
     calls = [(x, t - apart, y) for x, t, y in image(1)]
     for _ in range(2):
-        found = [run(*call, step=step) for step, call in enumerate(calls)]
-        assert same(found, compiled.wanted(calls))
+        assert same(play_steps(run, calls), compiled.wanted(calls))
     assert same(play(run, image(2)), compiled.wanted(image(2)))
 
 
@@ -268,25 +271,6 @@ def test_another_batch_in_the_next_trajectory(compiled: Compiled, batched: bool)
         for batch in (2, 3, 1, 3):
             calls = image(batch, batch)
             assert same(play(run, calls), compiled.wanted(calls))
-
-
-def test_timesteps_given_at_load_are_checked(compiled: Compiled) -> None:
-    artifact = compiled.artifact()
-
-    def refused_times(given: list[float], *parts: str, of: cg.Artifact = artifact) -> None:
-        what = "the timesteps do not fit the schedule; expected 6 finite numbers that"
-        refused(lambda: cg.load(of, timesteps=given), what, *parts)
-
-    refused_times(TIMES[:-1], "fall, one a step", "found 5")
-    refused_times(TIMES[::-1], "fall", "found 925 after 910", "order:")
-    refused_times([*TIMES[:-1], TIMES[-2]], "found 925 after 925")
-    refused_times([*TIMES[:-1], float("nan")], "found nan")
-    refused_times(TIMES, "rise", "found 970 after 985", of=compiled.artifact(order="ascending"))
-    assert cg.load(artifact, timesteps=torch.tensor(TIMES)).program.timesteps == tuple(TIMES)
-    assert artifact.program.timesteps is None  # the artifact itself is as it was
-    x, t, y = image(1)[0]
-    run = cg.load(artifact, timesteps=TIMES)
-    refused(lambda: run(x, t - 5, y), "timestep 980 is not one of the schedule's", "nearest 985")
 
 
 # --- sessions, branches, failures
@@ -314,7 +298,7 @@ def test_an_aborted_image_leaves_nothing_to_the_next(compiled: Compiled, batched
     assert not torch.equal(first[0][2], second[0][2])
     play(run, first[:2])
     with pytest.warns(UserWarning, match="ended after 2 of 6 steps"):
-        found = [run(*call, step=step) for step, call in enumerate(second)]
+        found = play_steps(run, second)
     assert same(found, compiled.wanted(second))
 
 
@@ -364,8 +348,8 @@ def test_a_prologue_that_failed_can_be_repeated(compiled: Compiled) -> None:
     found = play(run, calls[:4])
     armed[0] = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(*calls[4])
-    assert same([*found, *play(run, calls[4:])], compiled.wanted(calls))
+        run(*calls[4], step=4)
+    assert same([*found, *play_steps(run, calls[4:], 4)], compiled.wanted(calls))
 
 
 # --- memory

@@ -263,5 +263,13 @@ def test_objects() -> None:
 def test_a_tuple_cannot_become_an_object() -> None:
     signature = signed(X, T, result=(X,), return_dict=False)
     assert signature.unflatten([A], return_dict=False) == (A,)
-    with pytest.raises(SessionError, match="traced with return_dict=False; trace it with"):
-        signature.unflatten([A], return_dict=True)
+    message = "the model was traced with return_dict=False; trace it with return_dict=True, or"
+    assert refused(signature, X, T, return_dict=True).startswith(message)
+    assert same(signature.flatten((X, T), {"return_dict": False}), [X, T])
+
+
+@pytest.mark.parametrize("said", [{}, {"return_dict": True}])
+def test_a_model_that_returns_a_tuple_whatever_is_asked(said: dict[str, bool]) -> None:
+    signature = signed(X, T, result=(X,), **said)
+    assert same(signature.flatten((X, T), {"return_dict": True}), [X, T])
+    assert signature.unflatten([A], return_dict=True) == (A,)

@@ -1,0 +1,114 @@
+"""Folders that are there whole or not at all, and those that cannot be written to."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cachegraph import folders
+from cachegraph.errors import ArtifactError, InputError
+from cachegraph.folders import cache_folder, make_folder, refuse_foreign, written_whole
+
+WRITERS = 4
+
+
+def test_several_may_write_to_one_place(tmp_path: Path) -> None:
+    target, together = tmp_path / "out", threading.Barrier(WRITERS)
+
+    def write(number: int) -> None:
+        for _ in range(50):
+            together.wait(timeout=5)
+            with written_whole(target) as folder:
+                for name in ("a", "b"):
+                    (folder / name).write_text(str(number))
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, range(WRITERS)))
+    assert list(tmp_path.iterdir()) == [target]
+    assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert (target / "a").read_text() == (target / "b").read_text()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_another_writer_in_the_midst_of_a_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    """It comes between the rename of the older folder and that of the new one."""
+    target, rename, rivals = tmp_path / "out", Path.rename, iter("rival")
+    if older:
+        target.mkdir()
+        (target / "older").touch()
+
+    def overtaken(path: Path, other: Path) -> Path:
+        if path.suffix == ".partial" and (rival := next(rivals, None)):
+            target.mkdir()
+            (target / rival).touch()
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    with written_whole(target) as folder:
+        (folder / "mine").touch()
+    assert [path.name for path in target.iterdir()] == ["mine"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_is_being_written_is_hidden_and_as_others_may_read_it(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with written_whole(tmp_path / "out") as one, written_whole(tmp_path / "out") as other:
+        assert one != other
+        assert {one.name[:5], other.name[:5]} == {".out."}
+        assert {one.suffix, other.suffix} == {".partial"}
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_was_lost_before_the_swap_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "out") as folder:
+        folder.rmdir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("CACHEGRAPH_CACHE", str(file))
+    message = f"{file}/aoti: the folder cannot be written to; found a file: {file}; set CACHEGRAPH_"
+    with pytest.raises(InputError, match=message):
+        make_folder(cache_folder("aoti"))
+    with (
+        pytest.raises(InputError, match=r"found a file.*; choose another path"),
+        written_whole(file / "out"),
+    ):
+        pass
+    message = f"{file}/a/out: the output cannot be written; found a file: {file}; choose another"
+    with pytest.raises(ArtifactError, match=message):
+        refuse_foreign(file / "a" / "out", "mark", "artifact")
+    monkeypatch.setenv("CACHEGRAPH_CACHE", str(tmp_path / "new"))
+    assert make_folder(cache_folder("aoti")).is_dir()
+
+
+def no_permission(path: Path) -> bool:
+    raise PermissionError(path)
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders.os, "access", lambda *_: False)  # root may do anything
+    for folder in (tmp_path, tmp_path / "new" / "newer"):
+        with pytest.raises(InputError, match=f"{folder}: .* found no permission: {tmp_path}; set"):
+            make_folder(folder)
+        with pytest.raises(ArtifactError, match=f"found no permission: {tmp_path}; choose"):
+            refuse_foreign(folder / "out", "mark", "artifact")
+    (tmp_path / "mark").touch()
+    with monkeypatch.context() as patch:  # as where one may not even look
+        patch.setattr(Path, "exists", no_permission)
+        refuse_foreign(tmp_path, "mark", "artifact")  # nothing need be written where all is there
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}/nnn.*found File name too long; choose"):
+        make_folder(tmp_path / ("n" * 300), "choose another path")
+    assert os.listdir(tmp_path) == []
