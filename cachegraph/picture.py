@@ -129,12 +129,12 @@ def draw(rows: Sequence[PictureRow], width: int, styles: Mapping[str, str]) -> T
 
 
 def variants_table(plan: Plan, cost: PlanCost) -> Table:
-    """One line a variant: its steps, what it does by kind of site, its FLOPs."""
+    """One line a variant: its steps, what it does by kind of site, the mean FLOPs of its steps."""
     kinds = list(dict.fromkeys(site.kind for site in plan.sites))
     numbers = ("FLOPs a call", "of full")
     table = plain_table("variant", "calls", "steps", *kinds, *numbers, right=("calls", *numbers))
     for variant in plan.variants:
-        flops = cost.flops[variant.steps[0]]
+        flops = cost.mean_flops(variant.steps)
         actions = [_counted(variant, plan.sites, kind) for kind in kinds]
         share = f"{flops / max(cost.full_flops, 1):.1%}"
         steps = steps_text(variant.steps)
