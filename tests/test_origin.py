@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def prepare() -> None:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package of one file in the place of cachegraph's code."""
     folder = tmp_path / "package"
     (folder / "deep" / "__pycache__").mkdir(parents=True)
@@ -64,7 +64,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(origin, "_PACKAGE", folder)
     monkeypatch.setattr(origin, "BEGAN", origin.BEGAN + 1e6)
     origin._surroundings.cache_clear()
-    return folder
+    yield folder
+    origin._surroundings.cache_clear()
 
 
 def found(
