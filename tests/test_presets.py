@@ -49,6 +49,7 @@ def test_presets_say_where_their_files_are(tmp_path: Path, monkeypatch: pytest.M
             with pytest.raises(ScheduleError) as caught:
                 schedule.file(name, "policy", "file")
             assert len(reading.findall(caught.value.remedy)) == 1, caught.value
+            assert ". " not in caught.value.remedy  # one sentence, not the whole comment
             checked += 1
     assert checked > 10
 
