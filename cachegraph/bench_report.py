@@ -18,9 +18,9 @@ from torch import nn
 from .bench_result import UNCACHED, Compared, Measured, Memory, Spread
 from .calibration_plot import check_plot_path, figure_class
 from .errors import InputError
-from .picture import amount, plain_table, size
+from .picture import amount, plain_table, plural, size
 
-_LINES = ("-", "--", ":", "-.")
+_LINES, _MARKS = ("-", ":", "-."), ("o", "s", "D")  # ten colours each
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,31 @@ def report(
     yield ""
     yield _memory(found)
     yield ""
+    spread = ", all in turn, median [quartiles], ± half their distance" if rounds > 1 else ""
     yield (
-        f"{rounds} rounds, all in turn, median [quartiles], ± half their distance; a trajectory is "
-        "the sum over its steps of the time of their kind; bytes are those that a call must read "
-        "and write at least"
+        f"{plural(rounds, 'round')}{spread}; a trajectory is the sum over its steps of the time of "
+        "their kind; bytes are those that a call must read and write at least"
     )
+    yield from _meanings(found)
     yield "memory, at most: measured (predicted against that), beside the process itself"
-    yield f"{here.processor}, {here.threads} threads, {here.device}, torch {here.torch}"
+    threads = plural(here.threads, "thread")
+    yield f"{here.processor}, {threads}, {here.device}, torch {here.torch}"
+
+
+def _meanings(found: Sequence[Measured]) -> Iterator[str]:
+    """What columns mean that are not in every table."""
+    if any(kind.choice is not None for one in found for kind in one.kinds):
+        yield "choice: share of a call that goes into choosing tokens, gathering and scattering"
+    if (quality := found[0].quality) is not None:
+        yield (
+            f"PSNR to the uncached model's images, mean of {quality.images}; "
+            "right: share that shows the digit asked for"
+        )
+
+
+def _by(one: Measured) -> str:
+    """What runs it, for the eye."""
+    return "eager" if one.backend == "model" else one.backend
 
 
 def _baselines(found: Sequence[Measured]) -> tuple[Measured, Measured]:
@@ -129,7 +147,7 @@ def _trajectories(found: Sequence[Measured]) -> RenderableType:
         cells = [_spread(one.trajectory), *([_spread(one.whole)] if whole and one.whole else [])]
         table.add_row(
             one.name,
-            one.backend,
+            _by(one),
             *cells,
             f"{compiled.trajectory.median / seconds:.2f}x",
             f"{eager.trajectory.median / seconds:.2f}x",
@@ -154,7 +172,7 @@ def _memory(found: Sequence[Measured]) -> RenderableType:
     for one in found:
         if one.memory is not None:
             cells = (_compared(getattr(one.memory, kind)) for kind in kinds)
-            table.add_row(one.name, one.backend, *cells)
+            table.add_row(one.name, _by(one), *cells)
     return table
 
 
@@ -179,7 +197,7 @@ def _kinds(found: Sequence[Measured]) -> RenderableType:
             share = [] if kind.choice is None else [f"{kind.choice:.1%}"]
             table.add_row(
                 one.name,
-                one.backend,
+                _by(one),
                 kind.variant,
                 str(kind.calls),
                 amount(kind.flops),
@@ -193,15 +211,15 @@ def _kinds(found: Sequence[Measured]) -> RenderableType:
 
 
 def _spread(spread: Spread) -> str:
-    """``53.2 [52.8-53.9]``."""
+    """``53.2 [52.8-53.9]``; of one sample, ``53.2``."""
     low, median, high = map(_digits, (spread.low, spread.median, spread.high))
-    return f"{median} [{low}-{high}]"
+    return f"{median} [{low}-{high}]" if spread.low < spread.high else median
 
 
 def _brief(spread: Spread) -> str:
-    """Milliseconds and half the distance of the quartiles: ``2940 ±1.2%``."""
+    """Milliseconds and half the distance of the quartiles: ``2940 ±1.2%``; of one, ``2940``."""
     half = (spread.high - spread.low) / 2 / spread.median
-    return f"{_digits(spread.median * 1e3)} ±{half:.1%}"
+    return _digits(spread.median * 1e3) + (f" ±{half:.1%}" if half else "")
 
 
 def _digits(number: float) -> str:
@@ -232,27 +250,42 @@ def plot_steps(found: Sequence[Measured], path: Path, title: str) -> None:
     """
     check_plot_path(path)
     judged = any(one.quality is not None for one in found)
-    figure = figure_class()(figsize=(13 if judged else 9, 4.5), layout="constrained")
+    figure = figure_class()(figsize=(13 if judged else 9, 4.8), layout="constrained")
     panel, *others = figure.subplots(1, 1 + judged, squeeze=False)[0]
     for index, one in enumerate(found):
+        line, point = _look(one, index)
         milliseconds = [seconds * 1e3 for seconds in one.steps]
-        label = f"{one.name}, {one.backend}: {one.trajectory.median:.3g} s"
-        style = _LINES[index // 10 % len(_LINES)] if one.name != UNCACHED else "--"
-        panel.step(range(len(one.steps)), milliseconds, style, where="mid", label=label)
-        if others and one.quality is not None and one.name != UNCACHED:
-            seconds, closeness = one.trajectory.median, one.quality.psnr
-            others[0].plot(seconds, closeness, "o", color=f"C{index % 10}")
-            text = f" {one.name}, {one.backend}"
-            others[0].annotate(text, (seconds, closeness), fontsize=8)
+        panel.step(range(len(one.steps)), milliseconds, where="mid", **line)
+        label = f"{one.name}, {_by(one)}: {_digits(one.trajectory.median)} s"
+        panel.plot([], [], label=label, **line, **point)
+        for other in others:
+            if one.name == UNCACHED:
+                other.axvline(one.trajectory.median, **line)
+            elif one.quality is not None:
+                other.plot(one.trajectory.median, one.quality.psnr, **point)
     panel.set_ylabel("ms a step")
     panel.set_ylim(bottom=0)
     panel.set_xlabel("step (0 = the first that runs)")
     for other in others:
-        other.set_xlabel("seconds a trajectory")
+        other.set_xlim(left=0)
+        other.set_xlabel("seconds a trajectory; dashed: uncached")
         other.set_ylabel("PSNR to the uncached model, dB")
-        other.margins(0.2)
+        other.margins(y=0.1)
     for one_panel in (panel, *others):
         one_panel.grid(visible=True, alpha=0.3)
     figure.suptitle(title)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _look(one: Measured, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of an entry's line: dashed where uncached, thin under hooks; of its point: hollow there."""
+    again, colour = index // 10, f"C{index % 10}"
+    style = "--" if one.name == UNCACHED else _LINES[again % len(_LINES)]
+    hooks = one.backend == "hooks"
+    line = {"color": colour, "linestyle": style, "linewidth": 0.7 if hooks else 1.5}
+    if one.quality is None or one.name == UNCACHED:
+        return line, {}
+    mark = _MARKS[again % len(_MARKS)]
+    inside = "none" if hooks else colour
+    return line, {"marker": mark, "markeredgecolor": colour, "markerfacecolor": inside}

@@ -103,10 +103,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean PSNR to the uncached model's images in dB; share that shows what was asked for."""
+    """Mean PSNR to the uncached model's images in dB; share that shows what was asked for.
+
+    Both are of so many images.
+    """
 
     psnr: float
     accuracy: float
+    images: int
 
 
 @dataclass(frozen=True)

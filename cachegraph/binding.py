@@ -17,6 +17,7 @@ import networkx
 import torch
 from torch import Tensor, fx
 
+from .errors import InputError, nearest
 from .spec import TensorSpec
 
 
@@ -148,7 +149,21 @@ def model_bindings(
         timestep: name of the timestep. Without one, nothing is taken for known: some input that
             differs from step to step goes by a name that was not recognised.
         varying: further inputs that differ from step to step.
+
+    Raises:
+        InputError: the model has no such input.
     """
+    if isinstance(varying, str):
+        raise InputError(
+            "varying: a text instead of a list", expected=f"names in a list: [{varying!r}]"
+        )
+    for name in varying:
+        if name not in inputs:
+            raise InputError(
+                f"varying: unknown input {name!r}",
+                expected=f"one of {', '.join(inputs)}",
+                remedy=nearest(name, inputs),
+            )
     if timestep is None:
         return (Binding.DYNAMIC,) * len(inputs)
     latent = next((name for name in inputs if name != timestep), timestep)

@@ -23,7 +23,7 @@ from .calibration import (
     smoothcache_schedule,
 )
 from .calibration_plot import check_plot_path, plot_calibration
-from .errors import InputError, nearest
+from .errors import InputError, ScheduleError, nearest
 from .policies import make_rows
 from .schedule import Schedule, load_schedule
 from .schedule_policies import RouterPolicy
@@ -222,7 +222,13 @@ def _load_host(
     # Which steps is not known yet, but a policy that takes no correction is refused before the
     # model runs.
     correction = {"method": "goc", "weight": goc_weight, "steps": (schedule.steps - 1,)}
-    load_schedule(schedule.model_dump(exclude_none=True) | {"correction": correction})
+    try:
+        load_schedule(schedule.model_dump(exclude_none=True) | {"correction": correction})
+    except ScheduleError as error:
+        where = schedule.where("policy")
+        raise ScheduleError(
+            error.what, place=where, expected=error.expected, found=error.found
+        ) from error
     return schedule
 
 

@@ -144,7 +144,7 @@ def _judge(model: str) -> Judge:
     def judge(model_fn: Callable[..., Any], steps: int) -> Quality:
         images = sample_digits(model_fn, labels, steps=steps)
         references.append(images)
-        return Quality(psnr(images, references[0]), accuracy(images, labels))
+        return Quality(psnr(images, references[0]), accuracy(images, labels), len(images))
 
     return judge
 

@@ -88,9 +88,9 @@ def compile_model(
         artifact = load_artifact(target)
         if backend == "inductor":
             warm_up(artifact, say)
-    _show_artifact(f"{title}, {name}", artifact, target)
     if kept:
         show("up to date: made before from the same model, schedule and options")
+    _show_artifact(f"{title}, {name}", artifact, target)
 
 
 def _make(source: Source, schedule: Schedule, how: _Options, say: Say) -> Artifact:

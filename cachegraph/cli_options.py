@@ -112,7 +112,9 @@ DotOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write a graph in DOT: of --variant, else the first."),
 ]
-SitesOption = Annotated[bool, typer.Option("--sites", help="List the sites.")]
+SitesOption = Annotated[
+    bool, typer.Option("--sites", help="List the sites; of a model, without a schedule too.")
+]
 SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
 
 

@@ -26,6 +26,9 @@ from .cli_output import is_artifact, progress, room, show
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .trace import TracedModel
     from .view import View
 
 
@@ -73,30 +76,29 @@ def _show_toca(
     as_json: bool,
 ) -> None:
     """FLOPs as the published code counts them; no graph is rewritten for that."""
-    from .compiler import example_inputs
     from .counters import count_toca
     from .policies import plan_of
     from .schedule import load_schedule
-    from .sources import open_model
-    from .trace import trace
 
     asked = load_schedule(schedule)
     full = load_schedule({"cachegraph": 1, "steps": 1, "policy": {"method": "full"}})
-    with progress() as say:
-        say("tracing the model")
-        source = open_model(
-            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
-        )
-        traced = trace(source.model, *example_inputs(source.model, source.args, source.kwargs))
-        flops = count_toca(plan_of(asked, traced), traced, batch)
-        uncached = len(flops) * count_toca(plan_of(full, traced), traced, batch)[0]
+    traced, name = _traced(model, arch, inputs, input_size)
+    flops = count_toca(plan_of(asked, traced), traced, batch)
+    uncached = len(flops) * count_toca(plan_of(full, traced), traced, batch)[0]
     total = sum(flops)
     if as_json:
         data = {"counter": "toca", "flops": flops, "total_flops": total, "uncached_flops": uncached}
         typer.echo(json.dumps(data, indent=1))
         return
-    show(f"{source.name}, {Path(schedule).stem}: FLOPs as the published code of ToCa counts them")
-    show(f"{total / 1e12:.12f} T of {uncached / 1e12:.12f} T uncached, {uncached / total:.2f}x")
+    show(f"{name}, {Path(schedule).stem}: FLOPs as the published code of ToCa counts them")
+    show(f"{_teras(total)} of {_teras(uncached)} uncached, {uncached / total:.2f}x")
+
+
+def _teras(count: int) -> str:
+    """Exact, as published totals are: ``43.420574210048 T``, ``0.014281783296 T (14.3 G)``."""
+    from .picture import amount
+
+    return f"{count / 1e12:.12f} T" + (f" ({amount(count)})" if count < 1e12 else "")
 
 
 def inspect(
@@ -116,6 +118,7 @@ def inspect(
     disable: DisableOption = None,
 ) -> None:
     """Look at an artifact, ONNX files, or what a model would become: plan, graphs, differences."""
+    from .view import sites_table
     from .view_onnx import onnx_files, onnx_report
 
     asked = (bool(diff), sites, bool(variant or dot), bool(tokens))
@@ -124,21 +127,28 @@ def inspect(
     if tokens is not None:
         _draw_tokens(what, schedule, tokens)
         return
-    for_models = any((schedule, arch, inputs, input_size, disable))
+    options = {
+        "--schedule": schedule,
+        "--arch": arch,
+        "--input": inputs,
+        "--input-size": input_size,
+        "--disable-pass": disable,
+    }
+    for_models = [name for name, value in options.items() if value]
     if files := onnx_files(what):
         if for_models or any(asked):
             raise InputError("ONNX files take no options", place=what)
         show(*onnx_report(files))
         return
     if is_artifact(what):
-        if for_models:
-            raise InputError("an artifact takes no option for models", place=what)
-        view, heading = _read(what)
-    elif schedule is None:
-        raise InputError("a model needs --schedule, or give an artifact", place=what)
+        view, heading = _read(what, for_models)
+    elif schedule is None and sites:
+        show(sites_table(_traced(what, arch, inputs, input_size)[0].sites))
+        return
     else:
-        view, name = _build(what, schedule, arch, inputs, input_size, None, disable)
-        heading = f"{name}, {Path(schedule).stem}"
+        given = _needed(schedule, what)
+        view, name = _build(what, given, arch, inputs, input_size, None, disable)
+        heading = f"{name}, {Path(given).stem}"
     _show_parts(view, heading, variant, diff, dot, sites)
 
 
@@ -158,8 +168,9 @@ def _show_parts(
     if sites:
         show(sites_table(view.plan.sites))
     elif diff:
-        first, second = map(view.variant, diff)
-        typer.echo(difference(view.texts[first], view.texts[second], diff), nl=False)
+        first, second = (view.texts[view.variant(name)] for name in diff)
+        same = f"{diff[0]} and {diff[1]} do not differ\n"
+        typer.echo(same if first == second else difference(first, second, diff), nl=False)
     elif dot:
         index = view.variant(variant) if variant else 0
         dot.write_text(graph_dot(view.graphs[index]))
@@ -197,15 +208,52 @@ def _show_overview(view: View, heading: str) -> None:
         show("", passes_table(view.reports))
 
 
-def _read(path: str) -> tuple[View, str]:
-    """An artifact and what to call it."""
+def _needed(schedule: str | None, model: str) -> str:
+    """The schedule; where there is none, says what is missing."""
+    from .sources import check_model_file
+
+    if schedule is not None:
+        return schedule
+    check_model_file(model)
+    raise InputError(
+        "a model needs --schedule, or give an artifact",
+        place=model,
+        remedy="only --sites does without",
+    )
+
+
+def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
+    """An artifact and what to call it; it goes with no option for models."""
     from .artifact import load_artifact
     from .view import view_artifact
 
+    if options:
+        raise InputError(
+            f"{options[0]} goes with a model only",
+            place=path,
+            remedy="leave it out: what an artifact was made from is in it",
+        )
     with progress() as say:
         say("reading the artifact")
         artifact = load_artifact(path)
     return view_artifact(artifact), f"{Path(path).name}, backend {artifact.backend}"
+
+
+def _traced(
+    model: str, arch: str | None, inputs: list[str] | None, input_size: int | None
+) -> tuple[TracedModel, str]:
+    """A model's trace from shapes alone, and its name."""
+    from .compiler import example_inputs
+    from .sources import open_model
+    from .trace import trace
+
+    with progress() as say:
+        say("tracing the model")
+        source = open_model(
+            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
+        )
+        example = example_inputs(source.model, source.args, source.kwargs)
+        return trace(source.model, *example), source.name
 
 
 def _build(

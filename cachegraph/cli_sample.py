@@ -34,6 +34,7 @@ def sample(
 ) -> None:
     """Draw images of digits with the shipped model under a schedule."""
     from .image_grid import check_image_path, parse_classes, write_grid
+    from .picture import plural
     from .zoo import sample_digits
 
     check_image_path(out)
@@ -50,7 +51,8 @@ def sample(
             progress=lambda done: say("sampling", done, steps),
         )
         write_grid(images, out)
-    show(f"{out}: {len(labels)} images, {steps} steps, guidance {cfg:g}, seed {seed}")
+    drawn = f"{plural(len(labels), 'image')}, {plural(steps, 'step')}"
+    show(f"{out}: {drawn}, guidance {cfg:g}, seed {seed}")
 
 
 def _digits_runner(what: str, schedule: str | None, say: Say) -> Runner:

@@ -55,6 +55,10 @@ class PlanCost:
         """Speed-up if time were FLOPs: uncached over cached."""
         return len(self.flops) * self.full_flops / max(self.total_flops, 1)
 
+    def mean_flops(self, steps: Sequence[int]) -> float:
+        """FLOPs of a call: the mean over steps, of which each may recompute another k tokens."""
+        return sum(self.flops[step] for step in steps) / len(steps)
+
 
 def plan_cost(
     plan: Plan,

@@ -90,5 +90,20 @@ class VerifyError(CachegraphError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for a misspelt ``name``, or an empty string where nothing is near."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean {match[0]!r}?" if match else ""
+    found = near(name, known)
+    return f"did you mean {found[0]!r}?" if found else ""
+
+
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """Names like a misspelt one, the nearest first.
+
+    Where difflib makes no difference, the closest letters and digits do, then the lower name:
+    ``DiT-XL/2`` is nearer to ``DiT-XL/3`` than ``DiT-XL/8`` is.
+    """
+
+    def distance(word: str) -> tuple[float, int, str]:
+        letters = sum(abs(ord(a) - ord(b)) for a, b in zip(word, name, strict=False))
+        return -difflib.SequenceMatcher(None, word, name).ratio(), letters, word
+
+    words = list(known)
+    return sorted(difflib.get_close_matches(name, words, len(words) or 1, 0.6), key=distance)

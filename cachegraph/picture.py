@@ -129,12 +129,12 @@ def draw(rows: Sequence[PictureRow], width: int, styles: Mapping[str, str]) -> T
 
 
 def variants_table(plan: Plan, cost: PlanCost) -> Table:
-    """One line a variant: its steps, what it does by kind of site, its FLOPs."""
+    """One line a variant: its steps, what it does by kind of site, the mean FLOPs of its steps."""
     kinds = list(dict.fromkeys(site.kind for site in plan.sites))
     numbers = ("FLOPs a call", "of full")
     table = plain_table("variant", "calls", "steps", *kinds, *numbers, right=("calls", *numbers))
     for variant in plan.variants:
-        flops = cost.flops[variant.steps[0]]
+        flops = cost.mean_flops(variant.steps)
         actions = [_counted(variant, plan.sites, kind) for kind in kinds]
         share = f"{flops / max(cost.full_flops, 1):.1%}"
         steps = steps_text(variant.steps)
@@ -153,7 +153,7 @@ def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableT
     """
     full, peak = cost.full_flops * plan.steps, max(cost.cache_bytes)
     when = f", first after step {cost.cache_bytes.index(peak)}" if peak else ""
-    shared = f", shared by {_plural(len(plan.variants), 'variant')}"
+    shared = f", shared by {plural(len(plan.variants), 'variant')}"
     table = plain_table("", "")
     table.show_header = False
     table.columns[0].style = "bold"
@@ -293,6 +293,11 @@ def size(count: float) -> str:
     return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
 
 
+def plural(count: int, word: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def _merged(
     sites: Sequence[Site], cells: Sequence[str], keys: Sequence[object]
 ) -> list[PictureRow]:
@@ -365,7 +370,3 @@ def _scaled(count: float, base: int, units: Sequence[str]) -> str:
         value, unit = value / base, unit + 1
     digits = 0 if unit == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f}{units[unit]}"
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"

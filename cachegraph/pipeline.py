@@ -61,6 +61,7 @@ def rewrite(
         on_pass: called after each pass, for progress and for looking at stages.
 
     Raises:
+        InputError: ``varying`` names an input that the model does not have.
         VerifyError: a pass broke a rule.
     """
     stored = weights if weights is not None else module_weights(traced)

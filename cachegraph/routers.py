@@ -172,6 +172,8 @@ def _digits(row: tuple[bool, ...]) -> str:
 
 def _read_checkpoint(path: Path) -> list[torch.Tensor]:
     """The scores of every router, by its index."""
+    if not path.is_file():
+        raise InputError("there is no such file", place=str(path))
     try:
         # Published routers were saved with the command line's Namespace beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -22,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import ScheduleError, nearest
+from .errors import ScheduleError, near, nearest
 from .schedule_calibration import CalibrationData
 from .schedule_policies import FullPolicy, GOCCorrection, Policy, Section, TaylorSeerPolicy
 from .schedule_problems import Problem, describe, one_of, refuse, to_schedule_error
@@ -32,6 +33,7 @@ from .yaml_lines import Source, read_yaml, write_yaml
 FORMAT = 1  # the newest file format that can be read
 MAX_STEPS = 100_000
 
+_NEAR = 4  # presets that are listed for a misspelt one
 _PRESETS = Path(__file__).parent / "schedules"
 
 
@@ -182,16 +184,26 @@ class Schedule(Section):
         for place in places:
             if os.path.isfile(place):  # unlike Path.is_file, it takes any name
                 return place
-        is_preset = beside.resolve() == _PRESETS.resolve()
+        if beside.resolve() == _PRESETS.resolve():
+            raise ScheduleError(
+                f"the {self.policy.method} policy reads {name!r}, which presets come without",
+                place=self.where(*path),
+                expected="that file in the current folder",
+                remedy=f"the preset says: {self._whence()}",
+            )
         raise ScheduleError(
             f"no file {name!r}",
             place=self.where(*path),
-            expected=" or ".join(dict.fromkeys(map(str, places[is_preset:]))),
-            remedy="presets come without the files of others: the comment on top of this one says "
-            "where the file is published; put it into the current folder"
-            if is_preset
-            else "put the published file there, or give its path",
+            expected=" or ".join(dict.fromkeys(map(str, places))),
+            remedy="put the published file there, or give its path",
         )
+
+    def _whence(self) -> str:
+        """What the comment on top of a preset says of the repository of its file."""
+        lines = Path(self._source.file).read_text(encoding="utf-8").splitlines()
+        comment = " ".join(line[1:].strip() for line in lines if line.startswith("#"))
+        sentences = re.split(r"\.(?:\s|$)", comment)
+        return next((s for s in sentences if re.search(r"(in|with) \S+ of [\w-]+/\w", s)), comment)
 
     def digest(self) -> str:
         """SHA-256 of what the schedule says; equal for equal schedules, wherever they stand."""
@@ -269,9 +281,11 @@ def _find(name: str) -> Path:
         return known[name]
     if name and os.path.isdir(name):
         return path  # reading it says that it is a folder
+    alike = near(name, known)[:_NEAR]
+    listed = f"a preset such as {', '.join(alike)}" if alike else one_of(known)
     raise ScheduleError(
         f"unknown preset {name!r}",
-        expected=f"the path of a file or {one_of(known)}",
+        expected=f"the path of a file or {listed}",
         remedy=nearest(name, known),
     )
 

@@ -93,6 +93,24 @@ def model_files(text: str) -> list[Path] | None:
     return [path] if path.suffix in (*SUFFIXES, ".pt2") and path.is_file() else None
 
 
+def check_model_file(text: str) -> None:
+    """Refuse a file that by its name holds something else.
+
+    Raises:
+        ModelError: it holds no model.
+    """
+    path = Path(text)
+    if text in PRESETS or path.suffix in (*SUFFIXES, ".pt2") or not path.is_file():
+        return
+    schedule = path.suffix in (".yaml", ".yml")
+    raise ModelError(
+        "the file holds no model",
+        place=text,
+        expected=FORMS,
+        remedy="a schedule goes with --schedule" if schedule else "",
+    )
+
+
 def is_architecture(text: str) -> bool:
     """True for ``DiT-XL/2`` and ``DiT(depth=2)``; such a model has no weights."""
     families = "|".join(re.escape(architecture.name) for architecture in ARCHITECTURES)
@@ -125,6 +143,7 @@ def _open(
         )
     if ":" in text:
         return _from_factory(text)
+    check_model_file(text)
     raise ModelError(
         f"there is no model {text!r}",
         expected=f"{FORMS}; for plan, inspect and bench also an architecture, such as {_SIZES[0]}",

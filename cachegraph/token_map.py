@@ -22,6 +22,10 @@ _COLUMNS = 10  # steps in a row
 _SIDE = 64  # pixels of a step's digit
 _GAP, _HEAD = 4, 12  # pixels between steps, and above each for its number
 _TINT = torch.tensor([255.0, 120.0, 0.0])  # of a token that all sites recompute
+_CAPTION = (
+    "Digit {label}, seed {seed}: which tokens are recomputed at each step\n"
+    "orange: recomputed, the stronger the more sites do it; green frame: everything is computed"
+)
 _WHOLE = torch.tensor([0.0, 150.0, 80.0])  # of a step that computes everything
 
 
@@ -86,7 +90,7 @@ def write_token_map(
 ) -> None:
     """Write a PNG: a panel a step, the digit in grey, tokens the more orange the more sites do it.
 
-    A green frame marks a step that computes everything.
+    A green frame marks a step that computes everything; the caption says so.
 
     Raises:
         InputError: the path is no PNG, pillow is missing, or no tokens are chosen.
@@ -97,10 +101,13 @@ def write_token_map(
     image, shares, plan = token_shares(model, schedule, label, seed)
     lines = -(-plan.steps // _COLUMNS)
     high, wide = _SIDE + _HEAD + _GAP, _SIDE + _GAP
-    canvas = Image.new("RGB", (_COLUMNS * wide + _GAP, lines * high + _GAP), (255, 255, 255))
+    above = 2 * _HEAD + 3 * _GAP  # for the caption
+    size = _COLUMNS * wide + _GAP, above + lines * high + _GAP
+    canvas = Image.new("RGB", size, (255, 255, 255))
     pen = ImageDraw.Draw(canvas)
+    pen.text((_GAP, _GAP), _CAPTION.format(label=label, seed=seed), fill=(0, 0, 0))
     for step, share in enumerate(shares):
-        left, top = _GAP + step % _COLUMNS * wide, _GAP + step // _COLUMNS * high
+        left, top = _GAP + step % _COLUMNS * wide, above + step // _COLUMNS * high
         whole = all(isinstance(action, Compute) for action in plan.rows[step])
         panel = _panel(image, share, whole)
         pen.text((left, top), str(step), fill=(0, 0, 0))

@@ -117,7 +117,10 @@ def passes_table(reports: Sequence[PassReport]) -> Table:
 
 
 def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
-    """The plan as plain data, for ``plan --json``; FLOPs and bytes are whole numbers."""
+    """The plan as plain data, for ``plan --json``; FLOPs and bytes are whole numbers.
+
+    The FLOPs of a variant are the mean of its steps.
+    """
     plan, cost = view.plan, view.cost
     return {
         "model": model,
@@ -141,7 +144,7 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
                 "name": variant.name,
                 "steps": list(variant.steps),
                 "row": "".join(map(letter, variant.row)),
-                "flops": cost.flops[variant.steps[0]],
+                "flops": round(cost.mean_flops(variant.steps)),
             }
             for variant in plan.variants
         ],

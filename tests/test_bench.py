@@ -248,6 +248,7 @@ def test_quality_of_digits(schedules: tuple[str, str], tmp_path: Path) -> None:
     assert uncached == full  # computing everything is exact
     assert 5 < two["psnr"] < 60 < full["psnr"]
     assert 0 <= two["accuracy"] <= 1
+    assert two["images"] == 20
     assert "PSNR dB" in result.stdout
     assert plot.read_bytes()[:4] == b"\x89PNG"
 

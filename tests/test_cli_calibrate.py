@@ -16,7 +16,7 @@ from cachegraph.action import Forecast
 from cachegraph.calibrate import run_calibrate
 from cachegraph.errors import InputError
 from cachegraph.policies import make_rows
-from cachegraph.schedule import load_schedule
+from cachegraph.schedule import load_schedule, presets
 from tests.models import one_thread  # noqa: F401
 from tests.test_calibrate import SITES
 from tests.test_cli import printed, run
@@ -66,6 +66,7 @@ def test_corrected_schedules_compile(here: Path) -> None:
     assert "forecast" in printed("inspect", "s.cgraph")
 
 
+TOCA = presets()["toca-n3"]
 WRONG = {
     "calibrate tests.tiny:tiny -o s.yaml": "tests.tiny:tiny: only the model digits has a sampler "
     "here; give --sampler module:function, a function of the model and a seed that samples one "
@@ -75,6 +76,8 @@ WRONG = {
     "steps; found 3",
     "calibrate digits -o s.yaml -s fora-n3": "fora-n3: a schedule to correct needs a weight; give "
     "--goc",
+    f"calibrate digits -o s.yaml -s {TOCA} --goc 0.5": f"{TOCA}:8: a correction of the toca "
+    "policy; expected a policy that reuses: fora, router, smoothcache, table; found toca",
     "calibrate tests.tiny:tiny --sampler tests.tiny:drift --steps 5 -o s.yaml": "the sampler does "
     "not call the model once a step; expected 5 calls, one a step; found more; set the number of "
     "steps to that of the sampler; where guidance makes calls of its own, put each into "
@@ -84,8 +87,7 @@ WRONG = {
     "import-router r.pt -o m.txt": "m.txt: masks are written as YAML; expected a .yaml file",
     "import-router odd.pt -o m.yaml": "odd.pt: not a router; expected tensors '0.prob', '1.prob', "
     "... of one even length, one a step; found ['weight']",
-    "import-router none.pt -o m.yaml": "none.pt: the router cannot be read; expected a checkpoint "
-    "with tensors only; found FileNotFoundError: [Errno 2] No such file or directory: 'none.pt'",
+    "import-router none.pt -o m.yaml": "none.pt: there is no such file",
 }
 
 
@@ -241,7 +243,7 @@ def test_run_refuses_hosts_that_take_no_correction(tmp_path: Path) -> None:
         message,
     )
     assert refused("taylorseer-n3", goc_weight=0.5) == (
-        "schedule: correction: a correction of the taylorseer policy; expected a policy that "
+        "taylorseer-n3.yaml:6: a correction of the taylorseer policy; expected a policy that "
         "reuses: fora, router, smoothcache, table; found taylorseer"
     )
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def prepare() -> None:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package of one file in the place of cachegraph's code."""
     folder = tmp_path / "package"
     (folder / "deep" / "__pycache__").mkdir(parents=True)
@@ -64,7 +64,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(origin, "_PACKAGE", folder)
     monkeypatch.setattr(origin, "BEGAN", origin.BEGAN + 1e6)
     origin._surroundings.cache_clear()
-    return folder
+    yield folder
+    origin._surroundings.cache_clear()
 
 
 def found(
@@ -214,7 +215,7 @@ def is_anew(*more: str, model: str = "w.safetensors") -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "open_model", open_model)
         result = command(*more, model=model)
-    assert result.stderr == "error: opened\n" or result.stdout.endswith(UP_TO_DATE)
+    assert result.stderr == "error: opened\n" or result.stdout.startswith(UP_TO_DATE)
     return result.exit_code != 0
 
 
@@ -241,7 +242,7 @@ def test_unchanged_is_not_compiled_again() -> None:
     assert is_anew("--force")
     first = compiled("--force")
     assert UP_TO_DATE not in first
-    assert compiled() == first + UP_TO_DATE
+    assert compiled() == UP_TO_DATE + first
     flip(Path("w.safetensors"))
     assert is_anew()
     flip(Path("w.safetensors"))

@@ -21,6 +21,7 @@ from cachegraph.picture import (
     size,
     steps_text,
     token_picture,
+    variants_table,
 )
 from cachegraph.plan import Plan, make_plan
 from cachegraph.selection import Score, Selection
@@ -158,6 +159,13 @@ def test_overview() -> None:
         "variant2      1  2      2 R   2 R             100 M    10.0%\n"
         "variant3      1  3      2 C   1 C 1 F        1.00 G   100.0%"
     )
+
+
+def test_variants_cost_the_mean_of_their_steps() -> None:
+    plan = plan_of(b0_mlp="CRRRC")
+    cost = PlanCost({"s0": 2}, (900, 100, 200, 600, 700), 1000, (0,) * 5, (0,) * 5, 0)
+    lines = text(variants_table(plan, cost)).splitlines()
+    assert [line.split()[-2:] for line in lines[1:]] == [["800", "80.0%"], ["300", "30.0%"]]
 
 
 @pytest.mark.parametrize(

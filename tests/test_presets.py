@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cachegraph.errors import ScheduleError
 from cachegraph.schedule import load_schedule, presets
 from cachegraph.schedule_policies import FoRAPolicy
 from cachegraph.yaml_lines import read_yaml
@@ -35,6 +36,22 @@ def test_presets_load_and_say_where_they_are_from() -> None:
         assert schedule == load_schedule(path) == load_schedule(str(path))
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("# "), f"{path} does not say what it is"
+
+
+def test_presets_say_where_their_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reading = re.compile(
+        r"\bin \S+ of [\w-]+/[\w-]+|\bwith \S+ of [\w-]+/[\w-]+ and name it router"
+    )
+    checked = 0
+    for schedule in map(load_schedule, presets()):
+        if (name := getattr(schedule.policy, "file", None)) is not None:
+            with pytest.raises(ScheduleError) as caught:
+                schedule.file(name, "policy", "file")
+            assert len(reading.findall(caught.value.remedy)) == 1, caught.value
+            assert ". " not in caught.value.remedy  # one sentence, not the whole comment
+            checked += 1
+    assert checked > 10
 
 
 @pytest.mark.parametrize(("name", "computed"), COMPUTED.items())

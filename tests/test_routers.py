@@ -172,7 +172,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     for damaged in (b"", b"nothing", whole[: len(whole) // 2], whole[:100] + whole[140:]):
         path.write_bytes(damaged)
         assert fails(read_router, path, 0.1, "l2c").startswith(f"{path}: {start}")
-    assert start in fails(read_router, tmp_path / "absent.pt", 0.1, "l2c")
+    absent = tmp_path / "absent.pt"
+    assert fails(read_router, absent, 0.1, "l2c") == f"{absent}: there is no such file"
 
 
 # --- masks as text
@@ -318,9 +319,9 @@ def test_a_preset_says_that_its_file_is_not_shipped(
     with pytest.raises(InputError) as caught:
         make_rows(load_schedule("l2c-20"), sites(28))
     assert str(caught.value).rpartition("l2c-20.yaml:")[2] == (
-        "6: no file 'DDIM20_router.pt'; expected DDIM20_router.pt; presets come without the files "
-        "of others: the comment on top of this one says where the file is published; put it into "
-        "the current folder"
+        "6: the router policy reads 'DDIM20_router.pt', which presets come without; expected that "
+        "file in the current folder; the preset says: DDIM20_router.pt is in DiT/ckpt of "
+        "horseee/learning-to-cache"
     )
     save(tmp_path / "DDIM20_router.pt", [torch.zeros(56)] * 20)
     assert len(make_rows(load_schedule("l2c-20"), sites(28))) == 20

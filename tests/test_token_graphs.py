@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -119,9 +120,14 @@ def test_the_picture_from_the_command_line(tmp_path: Path) -> None:
     file.write_text("cachegraph: 1\nsteps: 4\npolicy: {method: toca, interval: 3}\n")
     drawn = tmp_path / "t.png"
     args = ["inspect", "digits", "-s", str(file), "--tokens"]
-    found = CliRunner().invoke(cli.app, [*args, str(drawn)])
+    pen = pytest.importorskip("PIL.ImageDraw").ImageDraw
+    with mock.patch.object(pen, "text", autospec=True, side_effect=pen.text) as written:
+        found = CliRunner().invoke(cli.app, [*args, str(drawn)])
     assert found.exit_code == 0, found.output
     assert drawn.read_bytes()[:4] == b"\x89PNG"
+    caption, *steps = (call.args[2] for call in written.call_args_list)
+    assert caption.startswith("Digit 3, seed 0: ")
+    assert steps == ["0", "1", "2", "3"]
     for wrong, message in (
         (["inspect", "DiT-S/2", "-s", "toca-n3", "--tokens", "a.png"], "only digits has here"),
         (["inspect", "digits", "-s", "fora-n3", "--tokens", "a.png"], "chooses no tokens"),
