@@ -114,9 +114,10 @@ def _make(source: Source, schedule: Schedule, how: _Options, say: Say) -> Artifa
 def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
     """What was compiled, and where it is."""
     from .picture import size, summary
-    from .view import view_artifact
+    from .view import choices, view_artifact
 
     view = view_artifact(artifact)
+    heading += choices(artifact.program.varying, artifact.program.disabled)
     show(summary(heading, view.plan, view.cost, view.batch_text))
     written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     show(f"artifact  {path}, {size(written)}, backend {artifact.backend}")

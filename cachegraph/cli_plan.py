@@ -53,7 +53,7 @@ def show_plan(
 ) -> None:
     """Show what would be computed at every step, and what that costs."""
     from .picture import overview
-    from .view import plan_data
+    from .view import choices, plan_data
 
     if counter == "toca":
         _show_toca(model, schedule, arch, inputs, input_size, batch, as_json)
@@ -62,7 +62,7 @@ def show_plan(
     if as_json:
         typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
         return
-    heading = f"{name}, {Path(schedule).stem}"
+    heading = f"{name}, {Path(schedule).stem}{choices((), disable or ())}"
     show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
 
 
@@ -118,15 +118,12 @@ def inspect(
     disable: DisableOption = None,
 ) -> None:
     """Look at an artifact, ONNX files, or what a model would become: plan, graphs, differences."""
-    from .view import sites_table
+    from .view import choices, sites_table
     from .view_onnx import onnx_files, onnx_report
 
     asked = (bool(diff), sites, bool(variant or dot), bool(tokens))
     if sum(asked) > 1:
         raise InputError("--variant with --dot, --diff, --sites and --tokens exclude each other")
-    if tokens is not None:
-        _draw_tokens(what, schedule, tokens)
-        return
     options = {
         "--schedule": schedule,
         "--arch": arch,
@@ -135,6 +132,9 @@ def inspect(
         "--disable-pass": disable,
     }
     for_models = [name for name, value in options.items() if value]
+    if tokens is not None:
+        _draw_tokens(what, schedule, tokens, [n for n in for_models if n != "--schedule"])
+        return
     if files := onnx_files(what):
         if for_models or any(asked):
             raise InputError("ONNX files take no options", place=what)
@@ -142,13 +142,13 @@ def inspect(
         return
     if is_artifact(what):
         view, heading = _read(what, for_models)
-    elif schedule is None and sites:
+    elif schedule is None and sites and not disable:
         show(sites_table(_traced(what, arch, inputs, input_size)[0].sites))
         return
     else:
         given = _needed(schedule, what)
         view, name = _build(what, given, arch, inputs, input_size, None, disable)
-        heading = f"{name}, {Path(given).stem}"
+        heading = f"{name}, {Path(given).stem}{choices((), disable or ())}"
     _show_parts(view, heading, variant, diff, dot, sites)
 
 
@@ -181,8 +181,10 @@ def _show_parts(
         _show_overview(view, heading)
 
 
-def _draw_tokens(what: str, schedule: str | None, path: Path) -> None:
+def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[str]) -> None:
     """Sample a digit, and draw the tokens that were recomputed over it."""
+    if unused:
+        raise InputError(f"{unused[0]} does not go with --tokens", place=what)
     if what != "digits" or schedule is None:
         raise InputError(
             "--tokens needs a sampler, which only digits has here",
@@ -225,7 +227,7 @@ def _needed(schedule: str | None, model: str) -> str:
 def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
     """An artifact and what to call it; it goes with no option for models."""
     from .artifact import load_artifact
-    from .view import view_artifact
+    from .view import choices, view_artifact
 
     if options:
         raise InputError(
@@ -236,7 +238,8 @@ def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
     with progress() as say:
         say("reading the artifact")
         artifact = load_artifact(path)
-    return view_artifact(artifact), f"{Path(path).name}, backend {artifact.backend}"
+    chosen = choices(artifact.program.varying, artifact.program.disabled)
+    return view_artifact(artifact), f"{Path(path).name}, backend {artifact.backend}{chosen}"
 
 
 def _traced(

@@ -209,6 +209,10 @@ class Runner(nn.Module):
         """Call the model for one step of the runner's own session; see :class:`Session`."""
         return self._session(*args, step=step, **kwargs)
 
+    def extra_repr(self) -> str:
+        """``50 steps, 2 variants, cpu``: what ``repr`` says of it."""
+        return f"{len(self.program.steps)} steps, {len(self.functions)} variants, {self.device}"
+
     def session(self) -> Session:
         """An independent trajectory over the same weights."""
         return Session(self)

@@ -94,6 +94,20 @@ def view_artifact(artifact: Artifact) -> View:
     return View(plan, program.cost, program.batch, said, graphs, artifact.texts, ())
 
 
+def choices(varying: Sequence[str], disabled: Sequence[str]) -> str:
+    """What was chosen otherwise than usual, behind a heading: ``, varying y, without hoist-known``.
+
+    Args:
+        varying: inputs that were said to differ from step to step.
+        disabled: names of exact optimisations that were left out.
+    """
+    return "".join(
+        f", {word} {', '.join(names)}"
+        for word, names in (("varying", varying), ("without", disabled))
+        if names
+    )
+
+
 def sites_table(sites: Sequence[Site]) -> Table:
     """One line a site: name, kind, what is kept of it, the module that holds it."""
     table = plain_table("site", "kind", "values", "module")

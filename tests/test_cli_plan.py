@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from cachegraph.picture import amount
 from cachegraph.sources import FORMS
+from cachegraph.view import choices
+from cachegraph.zoo import build_model
 from tests.test_cli import printed, run
 
 TINY = ("DiT(hidden_size=32, depth=2, num_heads=4)", "--input-size", "8")
@@ -64,6 +67,8 @@ WRONG = {
     "inspect a.cgraph --disable-pass hoist-known": f"a.cgraph: --disable-pass {INSIDE}",
     "inspect toca.yaml": NO_MODEL,
     "plan toca.yaml -s toca.yaml": NO_MODEL,
+    "inspect digits -s toca.yaml --tokens a.png --arch DiT-S/2": "digits: --arch does not go with "
+    "--tokens",
     "inspect digits --variant variant0": "digits: a model needs --schedule, or give an artifact; "
     "only --sites does without",
 }
@@ -77,3 +82,18 @@ def test_wrong_input_is_explained(line: str) -> None:
 
 def test_the_nearest_size_of_an_architecture() -> None:
     assert run("plan", "DiT-XL/3", "-s", "toca.yaml").stderr.endswith("mean 'DiT-XL/2'?\n")
+
+
+def test_what_was_chosen_otherwise_than_usual_is_told(tmp_path: Path) -> None:
+    """By plan and inspect for models, by compile and inspect for artifacts."""
+    model, less = build_model("DiT(hidden_size=32, depth=1, num_heads=4)", 8), "hoist-known"
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    line = ["compile", str(tmp_path / "w.pt"), "--arch", "DiT(num_heads=4)", "-s", "toca.yaml"]
+    line += ["--backend", "eager", "--disable-pass", less, "--varying", "y", "-o", "b.cgraph"]
+    ending = f"varying y, without {less}"
+    assert printed(*line).splitlines()[0] == f"w, toca, {ending}"
+    assert printed("inspect", "b.cgraph").splitlines()[0] == f"b.cgraph, backend eager, {ending}"
+    for command in ("plan", "inspect"):
+        said = printed(command, *TINY, "-s", "toca.yaml", "--disable-pass", less)
+        assert said.splitlines()[0].endswith(f", toca, without {less}")
+    assert choices((), ()) == ""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from cachegraph.errors import BackendError
-from cachegraph.folders import cache_folder
+from cachegraph.folders import cache_folder, make_folder
 from cachegraph.known import StepFunction
 from cachegraph.named import BATCH, NamedGraph
 from cachegraph.serialise import graph_to_json
@@ -197,9 +197,7 @@ def _described(machine: Mapping[str, Any]) -> str:
 
 
 def _cache() -> Path:
-    folder = cache_folder("aoti")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(cache_folder("aoti"))
 
 
 def _cached(job: str) -> Path:

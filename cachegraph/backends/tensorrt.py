@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from cachegraph.errors import BackendError
-from cachegraph.folders import cache_folder
+from cachegraph.folders import cache_folder, make_folder
 from cachegraph.named import NamedGraph
 from cachegraph.runner import StepFunction
 from cachegraph.weights import WEIGHTS_FILE, distinct, save_weights
@@ -207,8 +207,7 @@ def _digest(*parts: str | bytes) -> str:
 def _cache_folder(machine: Machine) -> Path:
     """Where engines are kept between compilations, one folder a machine."""
     folder = cache_folder(f"tensorrt-{machine.tensorrt}") / machine.gpu.replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(folder)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
