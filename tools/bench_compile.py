@@ -31,7 +31,8 @@ torch.save(build_model(sys.argv[1]).state_dict(), sys.argv[2])
 """
 LOAD = """
 import json, sys, time
-import torch, cachegraph
+import torch
+from cachegraph import load
 from cachegraph.artifact import load_artifact
 from cachegraph.named import named_graphs
 def resident():  # bytes of the weights' file, mapped however often, and of no file
@@ -46,7 +47,7 @@ def resident():  # bytes of the weights' file, mapped however often, and of no f
             found[False] += int(words[1]) * 1024
     return found[True] + found[False]
 before, wall, cpu = resident(), time.perf_counter(), time.process_time()
-run = cachegraph.load(sys.argv[1])
+run = load(sys.argv[1])
 out = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 artifact = load_artifact(sys.argv[1])
 graphs = list(named_graphs(artifact.program, artifact.graphs).values())
