@@ -134,8 +134,9 @@ def test_reference_runner_of_pixart(models: Models, shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_inductor(case: Case) -> None:
-    assert max(case.errors(case.runner("inductor"))) <= LIMIT
+@pytest.mark.parametrize("backend", ["inductor", "aoti"])
+def test_compiled(case: Case, backend: str) -> None:
+    assert max(case.errors(case.runner(backend))) <= LIMIT
 
 
 def test_variants(case: Case) -> None:

@@ -83,7 +83,9 @@ def test_reference_runner(case: Case) -> None:
     assert max(case.errors(case.reference())) <= LIMIT
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "inductor", pytest.param("aoti", marks=pytest.mark.slow)]
+)
 def test_compiled_in_memory(case: Case, backend: str) -> None:
     assert max(case.errors(cg.load(case.artifact, backend=backend))) <= LIMIT
 
