@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 import cachegraph as cg
 from cachegraph import compiler
+from cachegraph.errors import SessionError
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT, PixArt
 
@@ -41,6 +42,24 @@ def relative_error(found: Any, wanted: Any) -> float:
     pairs = list(zip(tensors(found), tensors(wanted), strict=True))
     difference = math.hypot(*(float((a.double() - b.double()).norm()) for a, b in pairs))
     return difference / math.hypot(*(float(b.double().norm()) for _, b in pairs))
+
+
+def play(run: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
+    """The results of calls in order."""
+    return [run(*call) for call in calls]
+
+
+def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Whether two trajectories agree call by call."""
+    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-5
+
+
+def refused(call: Callable[[], Any], *parts: str) -> None:
+    """A session refuses the call, and its message has these parts."""
+    with pytest.raises(SessionError) as caught:
+        call()
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def tensors(result: Any) -> list[Tensor]:

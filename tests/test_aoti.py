@@ -28,11 +28,11 @@ from cachegraph.spec import TensorSpec
 from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
 from tests.models import (
-    Call,
     compile_traced,
     dit_steps,
     fora,
     one_thread,  # noqa: F401
+    play,
     relative_error,
     signed,
     tiny_dit,
@@ -75,10 +75,6 @@ def original(traced: TracedModel, cache: Path, tmp_path_factory: pytest.TempPath
 def folder(original: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
     return Path(shutil.copytree(original, tmp_path / "dit.cgraph"))
-
-
-def play(run: cg.Runner, calls: Sequence[Call]) -> list[Tensor]:
-    return [run(*call) for call in calls]
 
 
 def worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -31,6 +31,7 @@ from tests.models import (
     compile_traced,
     dit_steps,
     one_thread,  # noqa: F401
+    play,
     relative_error,
     tiny_dit,
     tiny_pixart,
@@ -95,10 +96,6 @@ def recording(
 
 def image(seed: int, batch: int = 2) -> list[Call]:
     return dit_steps(STEPS, batch=batch, seed=seed)
-
-
-def play(run: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    return [run(*call) for call in calls]
 
 
 def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph.errors import SessionError
 from cachegraph.known import Prologues
 from cachegraph.trace import trace
 from cachegraph.tracking import Track
@@ -22,7 +21,10 @@ from tests.models import (
     dit_steps,
     fora,
     one_thread,  # noqa: F401
+    play,
+    refused,
     relative_error,
+    same,
     tiny_dit,
 )
 from tests.tiny import call, tiny, traced
@@ -96,23 +98,8 @@ def image(seed: int, batch: int = 2) -> list[Call]:
     return dit_steps(STEPS, batch=batch, seed=seed)
 
 
-def play(run: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    return [run(*call) for call in calls]
-
-
 def play_steps(run: Callable[..., Tensor], calls: Sequence[Call], first: int = 0) -> list[Tensor]:
     return [run(*call, step=step) for step, call in enumerate(calls, first)]
-
-
-def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-5
-
-
-def refused(call: Callable[[], Any], *parts: str) -> None:
-    with pytest.raises(SessionError) as caught:
-        call()
-    for part in parts:
-        assert part in str(caught.value)
 
 
 # --- inputs that have to stay

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +21,9 @@ from tests.models import (
     dit_steps,
     fora,
     one_thread,  # noqa: F401
-    relative_error,
+    play,
+    refused,
+    same,
     tiny_dit,
 )
 
@@ -41,23 +43,6 @@ def run(compiled: Compiled) -> cg.Runner:
 
 def image(seed: int, steps: int = STEPS, batch: int = 2) -> list[Call]:
     return dit_steps(steps, batch=batch, seed=seed)
-
-
-def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    pairs = list(zip(found, wanted, strict=True))
-    return max(relative_error(a, b) for a, b in pairs) <= 1e-5
-
-
-def play(run: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    return [run(*call) for call in calls]
-
-
-def refused(call: Callable[[], Any], *parts: str) -> None:
-    """The call is refused with a message that has all the parts."""
-    with pytest.raises(SessionError) as caught:
-        call()
-    for part in parts:
-        assert part in str(caught.value)
 
 
 # --- one image after another

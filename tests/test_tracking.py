@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import cachegraph as cg
-from cachegraph.errors import SessionError
 from cachegraph.known import Prologues
 from cachegraph.tracking import Track
 from tests.models import (
@@ -22,7 +19,9 @@ from tests.models import (
     dit_steps,
     fora,
     one_thread,  # noqa: F401
-    relative_error,
+    play,
+    refused,
+    same,
 )
 from tests.tiny import call, tiny, traced
 
@@ -46,21 +45,6 @@ def image(seed: int, times: Sequence[float] = TIMES) -> list[Call]:
     calls = zip(times, dit_steps(len(times), seed=seed), strict=True)
     y = dit_steps(1)[0][2]  # the same class for all, so that it cannot tell images apart
     return [(x, torch.full_like(t, time), y) for time, (x, t, _) in calls]
-
-
-def play(run: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    return [run(*call) for call in calls]
-
-
-def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-5
-
-
-def refused(call: Callable[[], Any], *parts: str) -> None:
-    with pytest.raises(SessionError) as caught:
-        call()
-    for part in parts:
-        assert part in str(caught.value)
 
 
 # --- an aborted image, and what the one before taught
