@@ -121,10 +121,8 @@ class Artifact:
         chosen = get_backend(backend or self.backend)
         if isinstance(chosen, AheadOfTime):
             self.compile_ahead(chosen.name)
-            named, folder = (
-                named_graphs(self.program, self.graphs),
-                self.compiled_folder(chosen.name),
-            )
+            folder = self.compiled_folder(chosen.name)
+            named = named_graphs(self.program, self.graphs)
             return chosen.open(named, self.weights, folder, self.device)
         return [
             chosen.load(graph, layout.inputs)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from .binding import Binding, Known
+from .binding import Binding, Known, binding_times
 from .selection import Selection
 from .shapes import Shapes
 from .site import Site
@@ -109,6 +109,11 @@ class StepGraph:
     def model_inputs(self) -> int:
         """How many inputs are the model's."""
         return len(self.bindings)
+
+    def binding_times(self) -> dict[fx.Node, Binding]:
+        """When the value of each node is known; what follows the model's inputs is dynamic."""
+        given = zip(self.inputs, self.bindings, strict=False)
+        return binding_times(self.graph, {node.name: binding for node, binding in given})
 
     @property
     def known(self) -> list[Known]:

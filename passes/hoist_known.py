@@ -9,15 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from cachegraph.binding import (
-    Binding,
-    Known,
-    Roofline,
-    binding_times,
-    hints,
-    is_size,
-    worth_hoisting,
-)
+from cachegraph.binding import Binding, Known, Roofline, hints, is_size, worth_hoisting
 from cachegraph.graph import KNOWN, ORIGIN, Origin, StepGraph
 from cachegraph.spec import TensorSpec
 
@@ -56,8 +48,7 @@ class HoistKnown:
 
     def apply(self, step: StepGraph) -> int:
         """Hoist; returns how many values became inputs."""
-        given = {node.name: b for node, b in zip(step.inputs, step.bindings, strict=False)}
-        times = binding_times(step.graph, given)
+        times = step.binding_times()
         hoisted = worth_hoisting(step.graph, times, len(step.variant.steps), self.costs)
         kept = [n for n in step.graph.nodes if n in hoisted and set(n.users) - hoisted]
         kept = [_in_order(step, node, times, hoisted) for node in kept]

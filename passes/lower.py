@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cachegraph import ops
-from cachegraph.binding import Binding, binding_times, is_view
+from cachegraph.binding import Binding, is_view
 from cachegraph.graph import CONSTANT, ORIGIN, Origin, Stage, StepGraph
 from cachegraph.shapes import Body
 
@@ -71,8 +71,7 @@ def _copy_shared_outputs(step: StepGraph) -> int:
     outputs = list(step.outputs)
     count = step.model_outputs
     written = set(map(_owner, outputs[count:]))
-    given = {node.name: b for node, b in zip(step.inputs, step.bindings, strict=False)}
-    times = binding_times(step.graph, given)
+    times = step.binding_times()
     copied = 0
     for index, node in enumerate(outputs[:count]):
         owner = _owner(node)
