@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from ._began import BEGAN as BEGAN
 
 if TYPE_CHECKING:
-    from .artifact import Artifact
-    from .compiler import compile, load
+    from .artifact.artifact import Artifact
+    from .compiler.compile import compile, load
     from .errors import CachegraphError
-    from .reference import ReferenceRunner
-    from .runner import Runner, Session
-    from .schedule import Schedule, load_schedule, presets
+    from .oracle.reference import ReferenceRunner
+    from .runtime.runner import Runner, Session
+    from .schedule.schedule import Schedule, load_schedule, presets
     from .zoo import load_model
 
 __version__ = version("cachegraph")
@@ -33,17 +33,17 @@ __all__ = [
 
 # Imported when asked for: torch takes over a second, and running an artifact needs no models.
 _MODULES = {
-    "Artifact": "artifact",
+    "Artifact": "artifact.artifact",
     "CachegraphError": "errors",
-    "ReferenceRunner": "reference",
-    "Runner": "runner",
-    "Schedule": "schedule",
-    "Session": "runner",
-    "compile": "compiler",
-    "load": "compiler",
+    "ReferenceRunner": "oracle.reference",
+    "Runner": "runtime.runner",
+    "Schedule": "schedule.schedule",
+    "Session": "runtime.runner",
+    "compile": "compiler.compile",
+    "load": "compiler.compile",
     "load_model": "zoo",
-    "load_schedule": "schedule",
-    "presets": "schedule",
+    "load_schedule": "schedule.schedule",
+    "presets": "schedule.schedule",
 }
 
 

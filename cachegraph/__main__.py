@@ -1,6 +1,6 @@
 """``python -m cachegraph`` is the same as the command ``cachegraph``."""
 
-from cachegraph.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ if __name__ != "cachegraph.passes":
 from collections.abc import Sequence
 
 from cachegraph.errors import InputError, nearest
-from cachegraph.graph import Pass
+from cachegraph.graph.step_graph import Pass
 from cachegraph.passes.drop_dead import DropDead
 from cachegraph.passes.gather_tokens import GatherTokens
 from cachegraph.passes.hoist_known import HoistKnown

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cachegraph.graph import CONSTANT, SLOT, StepGraph
+from cachegraph.graph.step_graph import CONSTANT, SLOT, StepGraph
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachegraph import ops
 from cachegraph.errors import SiteError
-from cachegraph.graph import ORIGIN, Origin, StepGraph
+from cachegraph.graph import ops
+from cachegraph.graph.step_graph import ORIGIN, Origin, StepGraph
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from cachegraph.binding import Binding, Known, Roofline, hints, is_size, worth_hoisting
-from cachegraph.graph import KNOWN, ORIGIN, Origin, StepGraph
+from cachegraph.graph.binding import Binding, Known, Roofline, hints, is_size, worth_hoisting
+from cachegraph.graph.step_graph import KNOWN, ORIGIN, Origin, StepGraph
 from cachegraph.spec import TensorSpec
 
 
@@ -35,8 +35,8 @@ class HoistKnown:
         %linear_2 = aten.linear(%silu_1, @ada.weight, @ada.bias)         f32[s0, 32]
         return %linear_2
 
-    What is known follows from the inputs (:class:`cachegraph.binding.Binding`); which of it is
-    worth keeping is a minimum cut. Left alone: outputs of the model, and cheap operations on what
+    What is known follows from the inputs (``graph.binding.Binding``); which of it is worth keeping
+    is a minimum cut. Left alone: outputs of the model, and cheap operations on what
     is kept.
 
     Attributes:

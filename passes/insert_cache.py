@@ -10,13 +10,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from cachegraph import ops
-from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse, sources
-from cachegraph.graph import CONSTANT, ORIGIN, SLOT, Origin, Stage, StepGraph
-from cachegraph.selection_graph import Chooser, Constants, needs_entropy
-from cachegraph.site import Site
-from cachegraph.slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Slot, StepConstant
-from cachegraph.variant import extra_spec, scorer
+from cachegraph.graph import ops
+from cachegraph.graph.step_graph import CONSTANT, ORIGIN, SLOT, Origin, Stage, StepGraph
+from cachegraph.graph.token_choice import Chooser, Constants, needs_entropy
+from cachegraph.model.site import Site
+from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, sources
+from cachegraph.plan.slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Slot, StepConstant
+from cachegraph.plan.variant import extra_spec, scorer
 
 _ANY_COUNT = 3  # of tokens, while shapes are looked at
 

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cachegraph import ops
-from cachegraph.binding import Binding, is_view
-from cachegraph.graph import CONSTANT, ORIGIN, Origin, Stage, StepGraph
-from cachegraph.shapes import Body
+from cachegraph.graph import ops
+from cachegraph.graph.binding import Binding, is_view
+from cachegraph.graph.step_graph import CONSTANT, ORIGIN, Origin, Stage, StepGraph
+from cachegraph.model.shapes import Body
 
 
 @dataclass(frozen=True)

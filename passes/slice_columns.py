@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachegraph.graph import StepGraph
-from cachegraph.weights import add_weight, slice_name
+from cachegraph.graph.step_graph import StepGraph
+from cachegraph.graph.weights import add_weight, slice_name
 
 aten = torch.ops.aten
 

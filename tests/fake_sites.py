@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from cachegraph.policies import toca
-from cachegraph.schedule import Schedule, load_schedule
-from cachegraph.schedule_tokens import TokenPolicy
-from cachegraph.site import Site, SiteKind, SiteValue
+from cachegraph.methods import toca
+from cachegraph.methods.tokens import TokenPolicy
+from cachegraph.model.site import Site, SiteKind, SiteValue
+from cachegraph.schedule.schedule import Schedule, load_schedule
 from cachegraph.spec import TensorSpec
 
 DIT = ("attn", "mlp")

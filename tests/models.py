@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import cachegraph as cg
-from cachegraph import compiler
+from cachegraph.compiler import compile as compiler
 from cachegraph.errors import SessionError
-from cachegraph.trace import TracedModel, trace
+from cachegraph.model.trace import TracedModel, trace
 from cachegraph.zoo import DiT, PixArt
 
 DATA = Path(__file__).parent / "data"

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph import artifact
-from cachegraph.artifact import load_artifact
-from cachegraph.backends import aoti, aoti_worker
+from cachegraph.artifact import artifact
+from cachegraph.artifact.artifact import load_artifact
+from cachegraph.backends.aoti import backend as aoti
+from cachegraph.backends.aoti import worker as aoti_worker
 from cachegraph.backends.export import export_graph
 from cachegraph.errors import ArtifactError, BackendError
-from cachegraph.serialise import graph_from_json
+from cachegraph.graph.serialise import graph_from_json
+from cachegraph.model.trace import TracedModel, trace
 from cachegraph.spec import TensorSpec
-from cachegraph.trace import TracedModel, trace
 from cachegraph.zoo import DiT
 from tests.models import (
     compile_traced,

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph import artifact
-from cachegraph.artifact import Artifact, load_artifact
+from cachegraph.artifact import artifact
+from cachegraph.artifact.artifact import Artifact, load_artifact
 from cachegraph.errors import ArtifactError, InputError
-from cachegraph.runner import Runner
+from cachegraph.runtime.runner import Runner
 from tests.models import signed
 from tests.tiny import Tiny, call, tiny
 
@@ -326,7 +326,7 @@ def test_an_operation_of_ones_own_runs_but_is_not_written(tmp_path: Path) -> Non
 
 KILLED = """
 import os, signal, sys
-from cachegraph import artifact
+from cachegraph.artifact import artifact
 loaded = artifact.load_artifact(sys.argv[1])
 before = getattr(artifact, sys.argv[3])
 def killed(*args):

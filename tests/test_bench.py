@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from cachegraph import bench, cli
-from cachegraph.bench import run_bench
-from cachegraph.bench_choice import without_choice
-from cachegraph.bench_contestants import _points, full_schedule, make_contestants
-from cachegraph.bench_report import _brief, _spread
-from cachegraph.bench_result import UNCACHED, Entry, Spread
-from cachegraph.compiler import Build, assemble, build
+from cachegraph import cli
+from cachegraph.bench import bench
+from cachegraph.bench.bench import run_bench
+from cachegraph.bench.choice import without_choice
+from cachegraph.bench.contestants import _points, full_schedule, make_contestants
+from cachegraph.bench.report import _brief, _spread
+from cachegraph.bench.result import UNCACHED, Entry, Spread
+from cachegraph.compiler.compile import Build, assemble, build
 from cachegraph.errors import BackendError
-from cachegraph.graph import StepGraph
-from cachegraph.known import StepFunction
-from cachegraph.trace import trace
+from cachegraph.graph.step_graph import StepGraph
+from cachegraph.model.trace import trace
+from cachegraph.runtime.known import StepFunction
 from tests.models import TOCA as KEEPS_LITTLE
 from tests.models import dit_steps, fora, one_thread, relative_error, tiny_dit  # noqa: F401
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from cachegraph.bench_contestants import make_contestants
-from cachegraph.bench_memory import allocated
-from cachegraph.bench_result import UNCACHED, Compared, Entry, Memory
-from cachegraph.cost import moved_bytes, working_bytes
-from cachegraph.schedule import load_schedule
-from cachegraph.trace import trace
+from cachegraph.bench.contestants import make_contestants
+from cachegraph.bench.memory import allocated
+from cachegraph.bench.result import UNCACHED, Compared, Entry, Memory
+from cachegraph.compiler.cost import moved_bytes, working_bytes
+from cachegraph.model.trace import trace
+from cachegraph.schedule.schedule import load_schedule
 from tests.models import TOCA, dit_steps, fora, one_thread, tiny_dit  # noqa: F401
 
 CPU = torch.device("cpu")

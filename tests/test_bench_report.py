@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cachegraph.bench_report import Machine, plot_steps, report
-from cachegraph.bench_result import UNCACHED, Measured, Quality, Spread, StepKind
+from cachegraph.bench.report import Machine, plot_steps, report
+from cachegraph.bench.result import UNCACHED, Measured, Quality, Spread, StepKind
 
 HERE = Machine("2.13", "cpu", "a processor", 2, 1, "linux")
 

@@ -32,12 +32,12 @@ ELSE = (
 MEASURE = """
 import json, resource, time
 import torch
-from cachegraph.cost import plan_cost
-from cachegraph.pipeline import module_weights, rewrite
-from cachegraph.plan import make_plan
-from cachegraph.policies import make_rows
-from cachegraph.schedule import load_schedule
-from cachegraph.trace import trace
+from cachegraph.compiler.cost import plan_cost
+from cachegraph.compiler.pipeline import module_weights, rewrite
+from cachegraph.plan.plan import make_plan
+from cachegraph.schedule.rows import make_rows
+from cachegraph.schedule.schedule import load_schedule
+from cachegraph.model.trace import trace
 from cachegraph.zoo import DiT
 
 

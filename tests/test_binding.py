@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 import cachegraph as cg
 from cachegraph import cli
-from cachegraph.binding import Binding, model_bindings
 from cachegraph.errors import InputError
+from cachegraph.graph.binding import Binding, model_bindings
 from tests.models import dit_steps, fora, tiny_dit
 
 UNKNOWN = "varying: unknown input 'q'; expected one of x, t, y"

@@ -15,10 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 import cachegraph as cg
-from cachegraph.bundle import LOOP, export_onnx, loop_steps
+from cachegraph.artifact.bundle import LOOP, export_onnx, loop_steps
+from cachegraph.backends.named import named_graphs, named_prologues
 from cachegraph.cli import app
 from cachegraph.errors import ArtifactError
-from cachegraph.named import named_graphs, named_prologues
 from cachegraph.zoo import sample_digits
 from cachegraph.zoo.digits import IMAGE_SHAPE, load_digits_model
 from tests.models import (

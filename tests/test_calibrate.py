@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cachegraph.calibrate import (
+from cachegraph.calibrate.measure import (
     Calibration,
     calibrate,
     load_sampler,
 )
-from cachegraph.calibration_plot import plot_calibration
+from cachegraph.calibrate.plot import plot_calibration
+from cachegraph.calibrate.recorder import graph_with_values
 from cachegraph.errors import InputError
-from cachegraph.site_recorder import graph_with_values
 from tests.models import (
     DATA,
     build,

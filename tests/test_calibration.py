@@ -11,17 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachegraph.action import Compute, Row
-from cachegraph.calibration import (
+from cachegraph.calibrate.result import (
     Calibration,
     goc_steps,
     smoothcache_lists,
     smoothcache_schedule,
 )
-from cachegraph.plan import make_plan
-from cachegraph.policies import make_rows, resolve
-from cachegraph.schedule import load_schedule
-from cachegraph.site import Site, SiteKind
+from cachegraph.model.site import Site, SiteKind
+from cachegraph.plan.action import Compute, Row
+from cachegraph.plan.plan import make_plan
+from cachegraph.schedule.rows import make_rows, resolve
+from cachegraph.schedule.schedule import load_schedule
 
 
 def made(features: dict[str, Sequence[Sequence[float]]], max_distance: int = 3) -> Calibration:

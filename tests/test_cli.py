@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from cachegraph import cli, load
-from cachegraph.sources import FORMS
+from cachegraph.compiler.sources import FORMS
 from cachegraph.zoo import build_model
 
 TINY = "DiT(hidden_size=32, depth=2, num_heads=4)"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from cachegraph.action import Forecast
-from cachegraph.calibrate import run_calibrate
+from cachegraph.calibrate.measure import run_calibrate
 from cachegraph.errors import InputError
-from cachegraph.policies import make_rows
-from cachegraph.schedule import load_schedule, presets
+from cachegraph.plan.action import Forecast
+from cachegraph.schedule.rows import make_rows
+from cachegraph.schedule.schedule import load_schedule, presets
 from tests.models import one_thread  # noqa: F401
 from tests.test_calibrate import SITES
 from tests.test_cli import printed, run

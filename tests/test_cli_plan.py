@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachegraph.picture import amount
-from cachegraph.sources import FORMS
-from cachegraph.view import choices
+from cachegraph.compiler.sources import FORMS
+from cachegraph.show.picture import amount
+from cachegraph.show.view import choices
 from cachegraph.zoo import build_model
 from tests.test_cli import printed, run
 

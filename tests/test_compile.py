@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
 import cachegraph as cg
-from cachegraph.known import Prologues
+from cachegraph.runtime.known import Prologues
 from cachegraph.spec import TensorSpec
 from tests.models import (
     dit_steps,

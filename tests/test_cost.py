@@ -8,11 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cachegraph.action import Compute, Reuse
-from cachegraph.cost import PlanCost, count_flops, plan_cost
-from cachegraph.pipeline import module_weights, rewrite
-from cachegraph.plan import make_plan
-from cachegraph.trace import TracedModel, trace
+from cachegraph.compiler.cost import PlanCost, count_flops, plan_cost
+from cachegraph.compiler.pipeline import module_weights, rewrite
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.plan.action import Compute, Reuse
+from cachegraph.plan.plan import make_plan
 from cachegraph.zoo import DiT
 from tests.tiny import BASIC, BATCH, TOKENS, WIDTH, call, plan, reuse_everything, tiny, traced
 

@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from cachegraph import cli, trace
+from cachegraph import cli
+from cachegraph.model import trace
 
 TOCA = "cachegraph: 1\nsteps: {steps}\npolicy: {{method: toca, {keys}}}\n"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from cachegraph.action import Compute, Refresh, Reuse
-from cachegraph.counters import toca_flops
+from cachegraph.compiler.counters import toca_flops
 from cachegraph.errors import PlanError
-from cachegraph.policies import make_rows
+from cachegraph.plan.action import Compute, Refresh, Reuse
+from cachegraph.schedule.rows import make_rows
 from tests.fake_sites import DIT, PIXART, make, make_site, make_sites
 
 FULL = 474_705_624_064  # one forward of DiT-XL/2 at 256 px, batch of 2

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachegraph as cg
-from cachegraph import cuda_graph
-from cachegraph.cuda_graph import Recorder, plan_launches
 from cachegraph.errors import BackendError, InputError
-from cachegraph.known import Prologues
-from cachegraph.program import Step, VariantLayout
-from cachegraph.trace import TracedModel, trace
-from cachegraph.variant import VALUES
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.plan.variant import VALUES
+from cachegraph.runtime import cuda_graph
+from cachegraph.runtime.cuda_graph import Recorder, plan_launches
+from cachegraph.runtime.known import Prologues
+from cachegraph.runtime.program import Step, VariantLayout
 from tests.models import (
     Call,
     compile_traced,

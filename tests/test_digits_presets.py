@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 from torch import Tensor
 
-from cachegraph import pipeline
-from cachegraph.action import Compute
-from cachegraph.compiler import assemble, build
-from cachegraph.policies import make_rows
-from cachegraph.schedule import Schedule, load_schedule, presets
-from cachegraph.trace import TracedModel, trace
+from cachegraph.compiler import pipeline
+from cachegraph.compiler.compile import assemble, build
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.plan.action import Compute
+from cachegraph.schedule.rows import make_rows
+from cachegraph.schedule.schedule import Schedule, load_schedule, presets
 from cachegraph.zoo import load_digits_model, sample_digits
 from cachegraph.zoo.digits_quality import psnr
 from tests.models import one_thread  # noqa: F401

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph.known import Prologues
-from cachegraph.trace import trace
-from cachegraph.tracking import Track
+from cachegraph.model.trace import trace
+from cachegraph.runtime.known import Prologues
+from cachegraph.runtime.tracking import Track
 from tests.models import (
     Call,
     Compiled,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cachegraph.errors import SessionError
-from cachegraph.known import _SMALL, _Lasting
+from cachegraph.runtime.known import _SMALL, _Lasting
 from tests.models import Compiled, dit_steps, one_thread  # noqa: F401
 
 NAN, INF = float("nan"), float("inf")

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachegraph.action import Compute
-from cachegraph.plan import make_plan
-from cachegraph.policies import make_rows
-from cachegraph.routers import read_router
-from cachegraph.schedule import Schedule, load_schedule, presets
-from cachegraph.schedule_policies import RouterPolicy, SmoothCachePolicy
-from cachegraph.site import Site, SiteKind
+from cachegraph.methods.policies import RouterPolicy, SmoothCachePolicy
+from cachegraph.methods.router_file import read_router
+from cachegraph.model.site import Site, SiteKind
+from cachegraph.plan.action import Compute
+from cachegraph.plan.plan import make_plan
+from cachegraph.schedule.rows import make_rows
+from cachegraph.schedule.schedule import Schedule, load_schedule, presets
 
 SITES = [
     Site(f"blocks.{b}.{kind}", kind, values=(), module=None, anchors=())

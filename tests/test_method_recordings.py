@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import cachegraph as cg
-from cachegraph import pipeline
-from cachegraph.compiler import assemble, build
-from cachegraph.policies import plan_of
-from cachegraph.runner import Runner
-from cachegraph.schedule import load_schedule
-from cachegraph.trace import TracedModel, trace
+from cachegraph.compiler import pipeline
+from cachegraph.compiler.compile import assemble, build
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.runtime.runner import Runner
+from cachegraph.schedule.rows import plan_of
+from cachegraph.schedule.schedule import load_schedule
 from tests.models import (
     dit_steps,
     one_thread,  # noqa: F401

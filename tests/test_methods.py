@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cachegraph.action import Compute, Forecast, Reuse, Row, makes_value, sources
+from cachegraph.config.yaml_lines import write_yaml
 from cachegraph.errors import CachegraphError
-from cachegraph.plan import Plan, make_plan
-from cachegraph.policies import make_rows
-from cachegraph.schedule import load_schedule
-from cachegraph.site import Site, SiteKind
-from cachegraph.yaml_lines import write_yaml
+from cachegraph.model.site import Site, SiteKind
+from cachegraph.plan.action import Compute, Forecast, Reuse, Row, makes_value, sources
+from cachegraph.plan.plan import Plan, make_plan
+from cachegraph.schedule.rows import make_rows
+from cachegraph.schedule.schedule import load_schedule
 
 ATTN, MLP, CROSS = SiteKind.ATTN, SiteKind.MLP, SiteKind.CROSS_ATTN
 Numbers = np.ndarray  # (steps, sites): what each site would compute at each step

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import cachegraph as cg
-from cachegraph.known import Prologues
-from cachegraph.trace import TracedModel, trace
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.runtime.known import Prologues
 from tests.models import (
     DATA,
     Inputs,

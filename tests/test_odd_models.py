@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import cachegraph as cg
 from cachegraph.errors import TraceError
-from cachegraph.known import Prologues
-from cachegraph.trace import trace
+from cachegraph.model.trace import trace
+from cachegraph.runtime.known import Prologues
 from tests.models import fora
 
 W = 8

@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import cachegraph as cg
-from cachegraph.artifact import load_artifact
+from cachegraph.artifact.artifact import load_artifact
+from cachegraph.backends.named import NamedGraph, named_graphs
 from cachegraph.errors import BackendError
-from cachegraph.named import NamedGraph, named_graphs
+from cachegraph.graph.weights import stored_weight
+from cachegraph.oracle.trial import warm_up
 from cachegraph.spec import TensorSpec
-from cachegraph.trial import warm_up
-from cachegraph.weights import stored_weight
 from tests.models import (
     dit_steps,
     fora,
@@ -124,7 +124,7 @@ class Halves(nn.Module):
 @pytest.mark.parametrize("floating", [False, True])
 def test_translations_of_our_own(floating: bool) -> None:
     onnxruntime: Any = pytest.importorskip("onnxruntime")
-    from cachegraph.backends.onnx_graph import to_onnx
+    from cachegraph.backends.onnx.convert import to_onnx
 
     torch.manual_seed(0)
     x = torch.randn(4, 2, 5, 8)
@@ -227,7 +227,7 @@ class Timed(nn.Module):
 
 def test_torch_computes_constants() -> None:
     """The last digit of a frequency counts a thousandfold."""
-    from cachegraph.backends.onnx_graph import to_onnx
+    from cachegraph.backends.onnx.convert import to_onnx
 
     t, noise = torch.tensor([999.0, 1.0]), torch.zeros(64)
     program = torch.export.export(Timed(), (t, noise))
@@ -243,7 +243,7 @@ def test_torch_computes_constants() -> None:
 def test_a_saved_artifact_is_not_converted_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachegraph.backends.onnx_graph.to_onnx", None)
+    monkeypatch.setattr("cachegraph.backends.onnx.convert.to_onnx", None)
     assert len([cg.load(folder)(*call) for call in dit_steps(STEPS)]) == STEPS
 
 
@@ -273,7 +273,7 @@ def graph(artifact: cg.Artifact) -> NamedGraph:
 
 
 def converted(graph: NamedGraph, weights: Mapping[str, Tensor], edit: Any) -> None:
-    from cachegraph.backends import onnx_graph
+    from cachegraph.backends.onnx import convert as onnx_graph
 
     def edited(*args: Any) -> Any:
         model = translate(*args)
@@ -330,14 +330,14 @@ def test_missing_packages_are_named(folder: Path) -> None:
     message = r"found no onnx, onnxscript, onnxruntime; pip install 'cachegraph\[onnx\]'"
     with pytest.raises(BackendError, match=message):
         cg.load(folder)
-    from cachegraph.backends.onnx import Onnx
+    from cachegraph.backends.onnx.backend import Onnx
 
     with pytest.raises(BackendError, match=message):
         Onnx().check(fx.Graph())
 
 
 def test_a_device_that_this_onnxruntime_does_not_know() -> None:
-    from cachegraph.backends.onnx import _provider
+    from cachegraph.backends.onnx.backend import _provider
 
     available = ["CPUExecutionProvider"]
     assert _provider(available, torch.device("cpu")) == "CPUExecutionProvider"

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import cachegraph as cg
-from cachegraph import ops, pipeline
-from cachegraph.backends import tensorrt
-from cachegraph.named import named_graphs
-from cachegraph.schedule import Schedule, load_schedule, presets
-from cachegraph.schedule_policies import RouterPolicy, SmoothCachePolicy
-from cachegraph.trace import TracedModel, trace
+from cachegraph.backends.named import named_graphs
+from cachegraph.backends.tensorrt import backend as tensorrt
+from cachegraph.compiler import pipeline
+from cachegraph.graph import ops
+from cachegraph.methods.policies import RouterPolicy, SmoothCachePolicy
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.schedule.schedule import Schedule, load_schedule, presets
 from cachegraph.zoo import DiT, PixArt, load_digits_model, sample_digits
 from tests.models import (
     DATA,
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.onnx
 onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-operators: Any = pytest.importorskip("cachegraph.backends.tensorrt_operators")
+operators: Any = pytest.importorskip("cachegraph.backends.tensorrt.operators")
 in_single_precision, refusals = operators.in_single_precision, operators.refusals
 
 STEPS, LABELS = 4, (3, 8)
@@ -159,7 +160,7 @@ def small_model(preset: str) -> tuple[nn.Module, Any, Any]:
 def test_presets_pass(
     name: str, seen: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cachegraph.backends.onnx_graph import to_onnx
+    from cachegraph.backends.onnx.convert import to_onnx
 
     monkeypatch.chdir(tmp_path)
     write_list_of(load_schedule(name), tmp_path)

@@ -18,11 +18,13 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import cachegraph as cg
-from cachegraph import cli, origin, sources
+from cachegraph import cli
+from cachegraph.artifact import origin
+from cachegraph.artifact.origin import Origin, content_digest, find_origin
+from cachegraph.compiler import sources
+from cachegraph.compiler.sources import model_files
 from cachegraph.errors import ModelError
-from cachegraph.origin import Origin, content_digest, find_origin
-from cachegraph.schedule import load_schedule
-from cachegraph.sources import model_files
+from cachegraph.schedule.schedule import load_schedule
 from cachegraph.zoo import build_model
 from tests.models import signed
 

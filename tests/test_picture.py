@@ -9,9 +9,12 @@ import torch
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from cachegraph.action import Action, Compute, Forecast, Refresh, Reuse
-from cachegraph.cost import PlanCost
-from cachegraph.picture import (
+from cachegraph.compiler.cost import PlanCost
+from cachegraph.model.site import Site, SiteKind, SiteValue
+from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse
+from cachegraph.plan.plan import Plan, make_plan
+from cachegraph.plan.selection import Score, Selection
+from cachegraph.show.picture import (
     PictureRow,
     amount,
     overview,
@@ -23,9 +26,6 @@ from cachegraph.picture import (
     token_picture,
     variants_table,
 )
-from cachegraph.plan import Plan, make_plan
-from cachegraph.selection import Score, Selection
-from cachegraph.site import Site, SiteKind, SiteValue
 from cachegraph.spec import TensorSpec
 from tests.fake_sites import make_sites
 

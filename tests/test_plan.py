@@ -9,10 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachegraph.action import Action, Compute, Forecast, Reuse, Row, makes_value, sources, structure
 from cachegraph.errors import PlanError
-from cachegraph.plan import Plan, make_plan
-from cachegraph.site import Site, SiteKind, SiteValue
+from cachegraph.model.site import Site, SiteKind, SiteValue
+from cachegraph.plan.action import (
+    Action,
+    Compute,
+    Forecast,
+    Reuse,
+    Row,
+    makes_value,
+    sources,
+    structure,
+)
+from cachegraph.plan.plan import Plan, make_plan
 from cachegraph.spec import TensorSpec
 
 C = Compute()

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from cachegraph.action import Compute, Reuse, Row
 from cachegraph.errors import PlanError, SiteError
-from cachegraph.policies import fora, make_rows, resolve
-from cachegraph.schedule import load_schedule
-from cachegraph.schedule_policies import FoRAPolicy
-from cachegraph.site import Site, SiteKind, SiteValue
+from cachegraph.methods import fora
+from cachegraph.methods.policies import FoRAPolicy
+from cachegraph.model.site import Site, SiteKind, SiteValue
+from cachegraph.plan.action import Compute, Reuse, Row
+from cachegraph.schedule.rows import make_rows, resolve
+from cachegraph.schedule.schedule import load_schedule
 from cachegraph.spec import TensorSpec
 
 C = Compute()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cachegraph.config.yaml_lines import read_yaml
 from cachegraph.errors import ScheduleError
-from cachegraph.schedule import load_schedule, presets
-from cachegraph.schedule_policies import FoRAPolicy
-from cachegraph.yaml_lines import read_yaml
+from cachegraph.methods.policies import FoRAPolicy
+from cachegraph.schedule.schedule import load_schedule, presets
 
 BASE = {"cachegraph": 1, "policy": {"method": "full"}}
 README = presets()["full-50"].parent / "README.md"

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cachegraph as cg
-from cachegraph import pipeline
-from cachegraph.action import Action, Compute, Forecast, Reuse, Row, makes_value
-from cachegraph.cost import PlanCost
-from cachegraph.known import Prologues, named_prologues
-from cachegraph.pipeline import module_weights, rewrite
-from cachegraph.plan import Plan, make_plan
-from cachegraph.program import make_program
-from cachegraph.runner import Runner
-from cachegraph.schedule import load_schedule
-from cachegraph.trace import TracedModel, trace
+from cachegraph.compiler import pipeline
+from cachegraph.compiler.cost import PlanCost
+from cachegraph.compiler.pipeline import module_weights, rewrite
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.plan.action import Action, Compute, Forecast, Reuse, Row, makes_value
+from cachegraph.plan.plan import Plan, make_plan
+from cachegraph.runtime.known import Prologues, named_prologues
+from cachegraph.runtime.program import make_program
+from cachegraph.runtime.runner import Runner
+from cachegraph.schedule.schedule import load_schedule
 from tests.models import fill_random, full, one_thread, relative_error  # noqa: F401
 
 WIDTH = 8

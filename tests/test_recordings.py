@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph.action import Compute
-from cachegraph.trace import TracedModel, trace
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.plan.action import Compute
 from cachegraph.zoo import DiT
 from tests.models import (
     DATA,

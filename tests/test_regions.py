@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import cachegraph as cg
 from cachegraph.errors import SiteError
-from cachegraph.trace import TracedModel, trace
+from cachegraph.model.trace import TracedModel, trace
 from tests.models import (
     build,
     compile_traced,

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from cachegraph.errors import CachegraphError, InputError
-from cachegraph.policies import make_rows
-from cachegraph.routers import (
+from cachegraph.methods.router_file import (
     Mask,
     import_router,
     mask_to_yaml,
@@ -22,8 +21,9 @@ from cachegraph.routers import (
     read_router,
     runs_text,
 )
-from cachegraph.schedule import load_schedule
-from cachegraph.site import Site, SiteKind
+from cachegraph.model.site import Site, SiteKind
+from cachegraph.schedule.rows import make_rows
+from cachegraph.schedule.schedule import load_schedule
 
 SEMANTICS = ("l2c", "harmonica", "uvit")
 DEPTH = 3

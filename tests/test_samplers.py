@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cachegraph as cg
-from cachegraph.trace import trace
+from cachegraph.model.trace import trace
 from cachegraph.zoo import DiT
 from tests.models import (
     DATA,

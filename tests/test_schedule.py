@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from cachegraph.config.yaml_lines import write_yaml
 from cachegraph.errors import InputError, ScheduleError
-from cachegraph.schedule import Schedule, SiteFilter, load_schedule, presets
-from cachegraph.schedule_policies import FoRAPolicy, FullPolicy, Policy, TablePolicy
-from cachegraph.yaml_lines import write_yaml
+from cachegraph.methods.policies import FoRAPolicy, FullPolicy, Policy, TablePolicy
+from cachegraph.schedule.schedule import Schedule, SiteFilter, load_schedule, presets
 
 BAD = sorted((Path(__file__).parent / "bad_schedules").iterdir())
 MARK = "# expect: "
@@ -355,7 +355,7 @@ def test_yaml_round_trip(keys: dict[str, Any], tmp_path_factory: pytest.TempPath
 
 
 def test_kinds_are_those_of_sites() -> None:
-    from cachegraph.site import SiteKind
+    from cachegraph.model.site import SiteKind
 
     assert SiteFilter().kinds == tuple(kind for kind in SiteKind if kind is not SiteKind.STACK)
 

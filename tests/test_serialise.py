@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cachegraph.errors import ArtifactError
-from cachegraph.serialise import graph_from_json, graph_to_json, weights_module
+from cachegraph.graph.serialise import graph_from_json, graph_to_json, weights_module
 from tests.tiny import call, stages, tiny
 
 aten = torch.ops.aten

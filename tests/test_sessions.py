@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import cachegraph as cg
 from cachegraph.errors import SessionError
-from cachegraph.known import Prologues
-from cachegraph.plan import Plan
+from cachegraph.plan.plan import Plan
+from cachegraph.runtime.known import Prologues
 from tests.models import (
     Call,
     Compiled,

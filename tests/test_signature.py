@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from cachegraph.errors import SessionError, TraceError
-from cachegraph.signature import CallSignature, Output, call_arguments, make_signature
+from cachegraph.model.signature import CallSignature, Output, call_arguments, make_signature
 from cachegraph.spec import TensorSpec
 
 X, T, A, B = (torch.full((2, 3), float(i)) for i in range(4))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cachegraph.action import Compute, Reuse
 from cachegraph.errors import CachegraphError
-from cachegraph.policies import make_rows
-from cachegraph.schedule import load_schedule
-from cachegraph.site import Site, SiteKind
+from cachegraph.model.site import Site, SiteKind
+from cachegraph.plan.action import Compute, Reuse
+from cachegraph.schedule.rows import make_rows
+from cachegraph.schedule.schedule import load_schedule
 
 ATTN, MLP, CROSS = SiteKind.ATTN, SiteKind.MLP, SiteKind.CROSS_ATTN
 LISTS = {"attn": [1, 0, 1, 1], "mlp": [1, 1, 0, 1], "mlp-1": [1, 0, 0, 0]}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cachegraph.compiler.sources import open_model
 from cachegraph.errors import InputError, ModelError
-from cachegraph.inputs import parse_input, random_tensor
-from cachegraph.sources import open_model
+from cachegraph.model.inputs import parse_input, random_tensor
 from cachegraph.zoo import build_model
 
 TINY = "DiT(hidden_size=32, depth=1, num_heads=4)"

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 import cachegraph as cg
-from cachegraph.artifact import load_artifact
-from cachegraph.backends import get_backend, tensorrt
-from cachegraph.backends import onnx as onnx_backend
-from cachegraph.backends.tensorrt import Machine, refuse_other_machine, refuse_unsupported
-from cachegraph.backends.tensorrt_plan import Binding, binding_plan
+from cachegraph.artifact.artifact import load_artifact
+from cachegraph.backends import get_backend
+from cachegraph.backends.named import NamedGraph, named_graphs
+from cachegraph.backends.onnx import backend as onnx_backend
+from cachegraph.backends.tensorrt import backend as tensorrt
+from cachegraph.backends.tensorrt.backend import Machine, refuse_other_machine, refuse_unsupported
+from cachegraph.backends.tensorrt.bindings import Binding, binding_plan
 from cachegraph.errors import BackendError
-from cachegraph.named import NamedGraph, named_graphs
 from cachegraph.spec import TensorSpec
 from tests.models import (
     TOCA,
@@ -51,7 +52,7 @@ def model(toca_onnx: Path, name: str) -> Any:
 
 
 def refused(body: str, inputs: str, outputs: str, opset: int = 20) -> list[str]:
-    from cachegraph.backends.tensorrt_operators import refusals
+    from cachegraph.backends.tensorrt.operators import refusals
 
     head = f'<ir_version: 10, opset_import: ["" : {opset}]> g ({inputs}) => ({outputs})'
     return [str(one) for one in refusals(onnx.parser.parse_model(f"{head} {{ {body} }}"))]

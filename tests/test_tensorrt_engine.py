@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import cachegraph as cg
-from cachegraph.artifact import load_artifact
-from cachegraph.backends.tensorrt import TensorRT
+from cachegraph.artifact.artifact import load_artifact
+from cachegraph.backends.named import NamedGraph, named_graphs
+from cachegraph.backends.tensorrt.backend import TensorRT
 from cachegraph.errors import BackendError
-from cachegraph.known import Prologues
-from cachegraph.named import NamedGraph, named_graphs
-from cachegraph.runner import Runner
+from cachegraph.runtime.known import Prologues
+from cachegraph.runtime.runner import Runner
 from tests.models import (
     dit_steps,
     one_thread,  # noqa: F401
@@ -44,7 +44,7 @@ def graphs(artifact: cg.Artifact) -> dict[str, NamedGraph]:
 @pytest.fixture(scope="module")
 def fake(toca_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The stand-in in place of tensorrt, on a machine that seems to have a GPU."""
-    from cachegraph.backends import onnx_graph
+    from cachegraph.backends.onnx import convert as onnx_graph
     from tests import fake_tensorrt
 
     def converted(name: str, *_: Any) -> Any:  # converting takes long, and was done before
@@ -52,9 +52,9 @@ def fake(toca_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", fake_tensorrt)
-        patch.setitem(sys.modules, "cachegraph.backends.tensorrt_engine", None)
-        patch.delitem(sys.modules, "cachegraph.backends.tensorrt_engine")
-        patch.setattr("cachegraph.backends.tensorrt.require", lambda *_: None)
+        patch.setitem(sys.modules, "cachegraph.backends.tensorrt.engine", None)
+        patch.delitem(sys.modules, "cachegraph.backends.tensorrt.engine")
+        patch.setattr("cachegraph.backends.tensorrt.backend.require", lambda *_: None)
         patch.setattr(onnx_graph, "to_onnx", converted)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -64,7 +64,7 @@ def fake(toca_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
         patch.setenv("CACHEGRAPH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield fake_tensorrt
-        sys.modules.pop("cachegraph.backends.tensorrt_engine", None)
+        sys.modules.pop("cachegraph.backends.tensorrt.engine", None)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def folder(
 
 
 def opened(folder: Path, artifact: cg.Artifact, graph: NamedGraph, name: str) -> Any:
-    from cachegraph.backends.tensorrt_engine import open_engine
+    from cachegraph.backends.tensorrt.engine import open_engine
 
     files = folder / f"{name}.engine", folder / f"{name}.onnx"
     return open_engine(*files, graph, artifact.weights, torch.device("cpu"))
@@ -148,8 +148,8 @@ def test_the_record_says_which_machine(folder: Path, artifact: cg.Artifact) -> N
 def test_a_refusal_names_node_and_module(
     folder: Path, artifact: cg.Artifact, tmp_path: Path, prefix: str, message: str
 ) -> None:
-    from cachegraph.backends.tensorrt_engine import build_engine
-    from cachegraph.weights import WEIGHTS_FILE, save_weights
+    from cachegraph.backends.tensorrt.engine import build_engine
+    from cachegraph.graph.weights import WEIGHTS_FILE, save_weights
 
     graph = named_graphs(artifact.program, artifact.graphs)["variant0"]
     model = onnx.load(folder / "variant0.onnx", load_external_data=False)
@@ -157,7 +157,7 @@ def test_a_refusal_names_node_and_module(
     node.name = prefix + node.name
     (tmp_path / "variant0.onnx").write_bytes(model.SerializeToString())
     save_weights(artifact.weights, tmp_path / WEIGHTS_FILE)
-    from cachegraph.backends.tensorrt_plan import binding_plan
+    from cachegraph.backends.tensorrt.bindings import binding_plan
 
     with pytest.raises(BackendError, match=message):
         build_engine(

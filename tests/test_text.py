@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import fx
 
-from cachegraph import ops
-from cachegraph.binding import Binding
-from cachegraph.graph import ORIGIN, SLOT, Origin, Stage, StepGraph
-from cachegraph.pipeline import rewrite
-from cachegraph.plan import Variant
-from cachegraph.slot import Slot
+from cachegraph.compiler.pipeline import rewrite
+from cachegraph.graph import ops
+from cachegraph.graph.binding import Binding
+from cachegraph.graph.step_graph import ORIGIN, SLOT, Origin, Stage, StepGraph
+from cachegraph.graph.text import difference, digest, dot, graph_text
+from cachegraph.model.trace import trace
+from cachegraph.plan.plan import Variant
+from cachegraph.plan.slot import Slot
 from cachegraph.spec import TensorSpec
-from cachegraph.text import difference, digest, dot, graph_text
-from cachegraph.trace import trace
 from tests.tiny import plan, stages, tiny, traced
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 TEXTS = """
 import hashlib, tests.tiny as t
-from cachegraph.text import graph_text
+from cachegraph.graph.text import graph_text
 for name, steps in t.stages().items():
     for step in steps:
         print(name, hashlib.sha256(graph_text(step).encode()).hexdigest())

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachegraph.action import Compute, Refresh, Reuse, Row, makes_value, sources
 from cachegraph.errors import PlanError, ScheduleError
-from cachegraph.policies import make_rows, make_selection, ratios, toca
-from cachegraph.schedule import load_schedule, presets
-from cachegraph.schedule_tokens import TokenPolicy
-from cachegraph.selection import Score, Selection
-from cachegraph.site import Site
+from cachegraph.methods import ratios, toca
+from cachegraph.methods.tokens import TokenPolicy
+from cachegraph.model.site import Site
+from cachegraph.plan.action import Compute, Refresh, Reuse, Row, makes_value, sources
+from cachegraph.plan.selection import Score, Selection
+from cachegraph.schedule.rows import make_rows, make_selection
+from cachegraph.schedule.schedule import load_schedule, presets
 from tests.fake_sites import (
     DIT,
     FULL_50_3,

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachegraph.policies import ratios, toca
-from cachegraph.schedule_tokens import DucaPolicy, TokenPolicy
-from cachegraph.site import SiteKind
+from cachegraph.methods import ratios, toca
+from cachegraph.methods.tokens import DucaPolicy, TokenPolicy
+from cachegraph.model.site import SiteKind
 from tests.fake_sites import FULL_50_3, kinds_of, policy_of
 
 # When a step is what.

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from cachegraph import cli
-from cachegraph.action import Compute, Refresh
-from cachegraph.compiler import Build, build
-from cachegraph.graph import SLOT
-from cachegraph.plan import make_plan
-from cachegraph.policies import make_rows, make_selection
-from cachegraph.schedule import load_schedule
-from cachegraph.token_map import token_shares
+from cachegraph.compiler.compile import Build, build
+from cachegraph.graph.step_graph import SLOT
+from cachegraph.plan.action import Compute, Refresh
+from cachegraph.plan.plan import make_plan
+from cachegraph.schedule.rows import make_rows, make_selection
+from cachegraph.schedule.schedule import load_schedule
+from cachegraph.show.token_map import token_shares
 from cachegraph.zoo import load_digits_model
 from tests.fake_sites import make_sites
 from tests.models import dit_steps, one_thread, tiny_dit, tiny_pixart  # noqa: F401

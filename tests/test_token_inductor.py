@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import cachegraph as cg
-from cachegraph.action import Refresh
+from cachegraph.plan.action import Refresh
 from tests.models import one_thread, relative_error, tiny_dit, tiny_pixart  # noqa: F401
 
 STEPS = 6

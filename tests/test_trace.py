@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cachegraph.errors import InputError, ModelError, SiteError, TraceError
-from cachegraph.graph import VALUE
-from cachegraph.text import node_lines
-from cachegraph.trace import TracedModel, _inline_autocast, trace
+from cachegraph.graph.step_graph import VALUE
+from cachegraph.graph.text import node_lines
+from cachegraph.model.trace import TracedModel, _inline_autocast, trace
 
 aten = torch.ops.aten
 X, T = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.25])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cachegraph as cg
-from cachegraph.known import Prologues
-from cachegraph.tracking import Track
+from cachegraph.runtime.known import Prologues
+from cachegraph.runtime.tracking import Track
 from tests.models import (
     Call,
     Compiled,

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import fx
 
-from cachegraph import ops
+from cachegraph.compiler.pipeline import module_weights, rewrite
 from cachegraph.errors import VerifyError
-from cachegraph.graph import SLOT, StepGraph
+from cachegraph.graph import ops
+from cachegraph.graph.step_graph import SLOT, StepGraph
+from cachegraph.graph.verify.rules import RULES
 from cachegraph.passes.drop_dead import DropDead
 from cachegraph.passes.lower import Lower
-from cachegraph.pipeline import module_weights, rewrite
 from cachegraph.spec import TensorSpec
-from cachegraph.verify import RULES
 from tests.tiny import BASIC, Edit, broken, plan, reuse_everything, traced
 
 aten = torch.ops.aten

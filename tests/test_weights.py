@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cachegraph.errors import ArtifactError
-from cachegraph.weights import distinct, load_weights, save_weights
+from cachegraph.graph.weights import distinct, load_weights, save_weights
 
 CPU = torch.device("cpu")
 

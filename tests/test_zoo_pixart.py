@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cachegraph.errors import ModelError
-from cachegraph.trace import trace
+from cachegraph.model.trace import trace
 from cachegraph.zoo import PixArt, build_model, load_model, recognise
 from cachegraph.zoo.pixart import CrossAttention
 

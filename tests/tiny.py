@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from cachegraph.action import Action, Compute, Forecast, Reuse, Row, sources
+from cachegraph.compiler.pipeline import PassReport, rewrite
 from cachegraph.errors import VerifyError
-from cachegraph.graph import CONSTANT, SLOT, Pass, StepGraph, copy_module
+from cachegraph.graph.step_graph import CONSTANT, SLOT, Pass, StepGraph, copy_module
+from cachegraph.model.trace import TracedModel, trace
 from cachegraph.passes.drop_dead import DropDead
 from cachegraph.passes.insert_cache import InsertCache
 from cachegraph.passes.lower import Lower
-from cachegraph.pipeline import PassReport, rewrite
-from cachegraph.plan import Plan, make_plan
-from cachegraph.trace import TracedModel, trace
+from cachegraph.plan.action import Action, Compute, Forecast, Reuse, Row, sources
+from cachegraph.plan.plan import Plan, make_plan
 
 WIDTH, TOKENS, BATCH = 8, 4, 2
 STEPS = 6  # of a drift

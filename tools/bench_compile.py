@@ -33,8 +33,8 @@ LOAD = """
 import json, sys, time
 import torch
 from cachegraph import load
-from cachegraph.artifact import load_artifact
-from cachegraph.named import named_graphs
+from cachegraph.artifact.artifact import load_artifact
+from cachegraph.backends.named import named_graphs
 def resident():  # bytes of the weights' file, mapped however often, and of no file
     found, name = {True: 0, False: 0}, ""
     for line in open("/proc/self/smaps"):

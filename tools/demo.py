@@ -25,13 +25,13 @@ from torch import Tensor
 
 import cachegraph as cg
 from cachegraph import BEGAN
-from cachegraph.action import Compute
-from cachegraph.artifact import Artifact, is_made_from, load_artifact
+from cachegraph.artifact.artifact import Artifact, is_made_from, load_artifact
+from cachegraph.artifact.origin import find_origin
+from cachegraph.compiler.sources import model_files
 from cachegraph.folders import cache_folder
-from cachegraph.origin import find_origin
-from cachegraph.plan import Plan
-from cachegraph.schedule import load_schedule
-from cachegraph.sources import model_files
+from cachegraph.plan.action import Compute
+from cachegraph.plan.plan import Plan
+from cachegraph.schedule.schedule import load_schedule
 from cachegraph.zoo import load_digits_model, sample_digits
 from cachegraph.zoo.digits_quality import accuracy, psnr
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from cachegraph.errors import BackendError, nearest
-from cachegraph.known import StepFunction
-from cachegraph.named import NamedGraph
+from cachegraph.runtime.known import StepFunction
 from cachegraph.spec import TensorSpec
+
+from .named import NamedGraph
 
 Progress = Callable[[str], None]  # is told what is being done
 
@@ -108,11 +109,11 @@ def get_backend(name: str) -> Backend | AheadOfTime:
     Raises:
         BackendError: there is none; lists those that exist.
     """
-    from .aoti import Aoti
+    from .aoti.backend import Aoti
     from .eager import Eager
     from .inductor import Inductor
-    from .onnx import Onnx
-    from .tensorrt import TensorRT
+    from .onnx.backend import Onnx
+    from .tensorrt.backend import TensorRT
 
     every: tuple[Backend | AheadOfTime, ...] = (Eager(), Inductor(), Aoti(), Onnx(), TensorRT())
     known = {backend.name: backend for backend in every}

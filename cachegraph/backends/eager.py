@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from cachegraph.known import StepFunction
+from cachegraph.runtime.known import StepFunction
 from cachegraph.spec import TensorSpec
 
 

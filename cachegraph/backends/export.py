@@ -9,7 +9,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from cachegraph.errors import BackendError
-from cachegraph.graph import copy_module
+from cachegraph.graph.step_graph import copy_module
 from cachegraph.spec import TensorSpec
 
 _MOST_BYTES = 64 * 1024  # of a constant; a larger one takes less room as what it is made from

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from cachegraph.known import StepFunction
+from cachegraph.runtime.known import StepFunction
 from cachegraph.spec import TensorSpec
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cachegraph.errors import InputError
-from cachegraph.zoo.dit import DiT
+
+from .dit import DiT
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 TIMESTEPS = 1000

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cachegraph.zoo.layers import (
+from .layers import (
     Attention,
     Mlp,
     ModelSize,

@@ -11,11 +11,12 @@ from typing import Protocol
 from torch import nn
 
 from cachegraph.errors import ModelError
-from cachegraph.zoo import dit, pixart
-from cachegraph.zoo.checkpoint import list_names
-from cachegraph.zoo.dit import DiT
-from cachegraph.zoo.layers import ModelSize
-from cachegraph.zoo.pixart import PixArt
+
+from . import dit, pixart
+from .checkpoint import list_names
+from .dit import DiT
+from .layers import ModelSize
+from .pixart import PixArt
 
 Shapes = Mapping[str, tuple[int, ...]]
 Options = Mapping[str, int]

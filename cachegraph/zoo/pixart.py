@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cachegraph.errors import ModelError
-from cachegraph.zoo.layers import (
+
+from .layers import (
     Attention,
     Mlp,
     ModelSize,

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from cachegraph.errors import ModelError, nearest
-from cachegraph.zoo.checkpoint import SUFFIXES, list_names, read_tensors
-from cachegraph.zoo.digits import load_digits_model
-from cachegraph.zoo.families import ARCHITECTURES, Architecture, Options, Shapes
+
+from .checkpoint import SUFFIXES, list_names, read_tensors
+from .digits import load_digits_model
+from .families import ARCHITECTURES, Architecture, Options, Shapes
 
 PRESETS = {"digits": load_digits_model}
 

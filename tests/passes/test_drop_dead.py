@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cachegraph.action import Compute, Reuse
+from cachegraph.compiler.pipeline import rewrite
 from cachegraph.errors import VerifyError
+from cachegraph.graph.text import graph_text
+from cachegraph.model.trace import trace
 from cachegraph.passes.drop_dead import DropDead
 from cachegraph.passes.insert_cache import InsertCache
 from cachegraph.passes.lower import Lower
-from cachegraph.pipeline import rewrite
-from cachegraph.plan import make_plan
-from cachegraph.text import graph_text
-from cachegraph.trace import trace
+from cachegraph.plan.action import Compute, Reuse
+from cachegraph.plan.plan import make_plan
 from tests.tiny import (
     BASIC,
     MIXED,

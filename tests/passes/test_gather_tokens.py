@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cachegraph import ops
-from cachegraph.action import Compute, Refresh, Reuse
+from cachegraph.compiler.pipeline import PassReport, rewrite
 from cachegraph.errors import SiteError
-from cachegraph.graph import StepGraph, copy_module
+from cachegraph.graph import ops
+from cachegraph.graph.step_graph import StepGraph, copy_module
+from cachegraph.graph.text import graph_text
+from cachegraph.model.trace import TracedModel, trace
 from cachegraph.passes.drop_dead import DropDead
 from cachegraph.passes.gather_tokens import GatherTokens
 from cachegraph.passes.insert_cache import InsertCache
 from cachegraph.passes.lower import Lower
-from cachegraph.pipeline import PassReport, rewrite
-from cachegraph.plan import Plan, make_plan
-from cachegraph.selection import Score, Selection
-from cachegraph.text import graph_text
-from cachegraph.trace import TracedModel, trace
+from cachegraph.plan.action import Compute, Refresh, Reuse
+from cachegraph.plan.plan import Plan, make_plan
+from cachegraph.plan.selection import Score, Selection
 from tests.models import fill_random
 from tests.tiny import call as tiny_call
 from tests.tiny import check_golden, tiny, traced

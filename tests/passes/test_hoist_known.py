@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 
 import cachegraph as cg
-from cachegraph.binding import Binding, Roofline, binding_times, worth_hoisting
-from cachegraph.compiler import build
+from cachegraph.compiler.compile import build
+from cachegraph.compiler.pipeline import PassReport, rewrite
 from cachegraph.errors import VerifyError
-from cachegraph.graph import Pass, StepGraph
+from cachegraph.graph.binding import Binding, Roofline, binding_times, worth_hoisting
+from cachegraph.graph.step_graph import Pass, StepGraph
+from cachegraph.graph.text import difference, graph_text
+from cachegraph.model.trace import TracedModel, trace
 from cachegraph.passes import PIPELINE
-from cachegraph.pipeline import PassReport, rewrite
-from cachegraph.policies import plan_of
-from cachegraph.schedule import load_schedule
-from cachegraph.text import difference, graph_text
-from cachegraph.trace import TracedModel, trace
+from cachegraph.schedule.rows import plan_of
+from cachegraph.schedule.schedule import load_schedule
 from cachegraph.zoo import PixArt
 from tests.models import fill_random, fora, tiny_dit
 from tests.tiny import Edit, check_golden

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cachegraph import ops
-from cachegraph.action import Forecast, Reuse
+from cachegraph.compiler.pipeline import rewrite
 from cachegraph.errors import VerifyError
-from cachegraph.graph import SLOT, Stage
+from cachegraph.graph import ops
+from cachegraph.graph.step_graph import SLOT, Stage
+from cachegraph.graph.text import graph_text
 from cachegraph.passes.insert_cache import InsertCache
-from cachegraph.pipeline import rewrite
-from cachegraph.text import graph_text
+from cachegraph.plan.action import Forecast, Reuse
 from tests.tiny import (
     MIXED,
     C,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cachegraph import ops
+from cachegraph.compiler.pipeline import rewrite
 from cachegraph.errors import VerifyError
-from cachegraph.graph import Stage
+from cachegraph.graph import ops
+from cachegraph.graph.step_graph import Stage
+from cachegraph.graph.text import graph_text
 from cachegraph.passes.drop_dead import DropDead
 from cachegraph.passes.insert_cache import InsertCache
 from cachegraph.passes.lower import Lower
-from cachegraph.pipeline import rewrite
-from cachegraph.text import graph_text
 from tests.tiny import (
     MIXED,
     check_golden,

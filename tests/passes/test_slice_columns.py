@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from cachegraph.graph import Stage, StepGraph
+from cachegraph.compiler.pipeline import PassReport, rewrite
+from cachegraph.graph.step_graph import Stage, StepGraph
+from cachegraph.graph.text import difference, graph_text
+from cachegraph.model.trace import trace
 from cachegraph.passes.slice_columns import SliceColumns
-from cachegraph.pipeline import PassReport, rewrite
-from cachegraph.policies import plan_of
-from cachegraph.schedule import load_schedule
-from cachegraph.text import difference, graph_text
-from cachegraph.trace import trace
-from cachegraph.variant import Variant
+from cachegraph.plan.variant import Variant
+from cachegraph.schedule.rows import plan_of
+from cachegraph.schedule.schedule import load_schedule
 from tests.models import fora, tiny_dit
 from tests.tiny import check_golden
 

@@ -1,0 +1,1 @@
+"""Compiled loops as folders: saved, loaded, checked."""

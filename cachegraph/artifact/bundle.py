@@ -1,0 +1,234 @@
+"""A compiled loop as ONNX files that a sampler in any language can run.
+
+The folder holds one file a graph, the weights, ``loop.json`` for programs and ``README.md`` for
+people: which file runs at which step, and which output of an earlier step each input takes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from cachegraph.backends import Progress
+from cachegraph.backends.named import NamedGraph, named_graphs, named_prologues
+from cachegraph.backends.onnx.backend import Onnx
+from cachegraph.folders import refuse_foreign, written_whole
+from cachegraph.graph.weights import WEIGHTS_FILE, distinct, save_weights
+from cachegraph.runtime.known import REQUEST, prologue_name
+from cachegraph.runtime.program import Program
+
+from .artifact import Artifact
+
+FORMAT = 1
+LOOP = "loop.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input comes from: what an earlier step handed out."""
+
+    step: int
+    output: str
+
+
+@dataclass(frozen=True)
+class LoopStep:
+    """One step of the loop.
+
+    Attributes:
+        graph: name of the graph that it runs.
+        slots: input -> where its tensor comes from.
+        constants: input -> its numbers.
+        prologues: names of the graphs to run before, from the model's inputs.
+        known: inputs that take the output of their own name of a prologue, of this step or earlier.
+        keep: outputs that a later step takes.
+        free: what no later step takes any more.
+    """
+
+    graph: str
+    slots: Mapping[str, Source]
+    constants: Mapping[str, Any]
+    prologues: tuple[str, ...]
+    known: tuple[str, ...]
+    keep: tuple[str, ...]
+    free: tuple[Source, ...]
+
+
+def loop_steps(
+    program: Program, graphs: Mapping[str, NamedGraph], prologues: Collection[str]
+) -> tuple[LoopStep, ...]:
+    """What every step takes and hands out, by name.
+
+    Args:
+        program: the compiled loop.
+        graphs: its graphs by name.
+        prologues: names of the graphs of what is known beforehand.
+    """
+    model_inputs, model_outputs = len(program.signature.inputs), len(program.signature.outputs)
+    made: dict[tuple[int, int, int], str] = {}
+    slots: list[dict[str, Source]] = []
+    for step, entry in enumerate(program.steps):
+        layout = program.variants[entry.variant]
+        graph = graphs[layout.name]
+        names = list(graph.inputs)[model_inputs : model_inputs + len(entry.slots)]
+        slots.append(
+            {name: Source(key[2], made[key]) for name, key in zip(names, entry.slots, strict=True)}
+        )
+        writes = list(graph.outputs)[model_outputs:]
+        for (site, value), name in zip(layout.writes, writes, strict=True):
+            made[site, value, step] = name
+    last = {source: step for step, taken in enumerate(slots) for source in taken.values()}
+    found = []
+    for step, (entry, taken) in enumerate(zip(program.steps, slots, strict=True)):
+        name = program.variants[entry.variant].name
+        inputs = list(graphs[name].inputs)
+        known = program.variants[entry.variant].known
+        end = len(inputs) - len(known)
+        constants = inputs[end - len(entry.constants) : end]
+        before = [
+            *([REQUEST] if step == 0 else []),
+            *([prologue_name(name)] if None in known else []),
+        ]
+        found.append(
+            LoopStep(
+                name,
+                taken,
+                dict(zip(constants, entry.constants, strict=True)),
+                tuple(name for name in before if name in prologues),
+                tuple(inputs[end:]),
+                tuple(o for o in graphs[name].outputs if Source(step, o) in last),
+                tuple(source for source, end in last.items() if end == step),
+            )
+        )
+    return tuple(found)
+
+
+def export_onnx(artifact: Artifact, path: str | Path, progress: Progress) -> Path:
+    """Write the ONNX files of an artifact with all that a sampler must know.
+
+    Args:
+        artifact: converted first, where it was compiled for another backend.
+        path: of the folder.
+        progress: is told what is being done.
+
+    Raises:
+        ArtifactError: ``path`` exists and is no such folder.
+        BackendError: the graphs cannot be converted.
+    """
+    target = Path(path)
+    refuse_foreign(target, LOOP, "exported loop")
+    artifact.compile_ahead("onnx", progress)
+    graphs = named_graphs(artifact.program, artifact.graphs)
+    prologues = named_prologues(artifact.program, artifact.prologues)
+    steps = loop_steps(artifact.program, graphs, prologues)
+    with written_whole(target) as folder:
+        for name in graphs:
+            shutil.copy(artifact.compiled_folder("onnx") / f"{name}.onnx", folder)
+        Onnx().emit(prologues, artifact.weights, folder, progress)
+        graphs = {**graphs, **prologues}
+        progress("writing the weights")
+        save_weights(distinct(artifact.weights)[0], folder / WEIGHTS_FILE)
+        (folder / LOOP).write_text(json.dumps(_loop(artifact.program, graphs, steps)) + "\n")
+        (folder / "README.md").write_text(_readme(artifact.program, graphs, steps))
+    return target
+
+
+def _loop(
+    program: Program, graphs: Mapping[str, NamedGraph], steps: tuple[LoopStep, ...]
+) -> dict[str, Any]:
+    first = next(iter(graphs.values()))
+    return {
+        "cachegraph_loop": FORMAT,
+        "weights": WEIGHTS_FILE,
+        "timesteps": program.timesteps,
+        "model_inputs": list(first.inputs)[: len(program.signature.inputs)],
+        "model_outputs": list(first.outputs)[: len(program.signature.outputs)],
+        "graphs": {
+            name: {
+                "file": f"{name}.onnx",
+                "inputs": {key: str(spec) for key, spec in graph.inputs.items()},
+                "outputs": {key: str(spec) for key, spec in graph.outputs.items()},
+            }
+            for name, graph in graphs.items()
+        },
+        "steps": [asdict(step) for step in steps],
+    }
+
+
+def _readme(program: Program, graphs: Mapping[str, NamedGraph], steps: tuple[LoopStep, ...]) -> str:
+    first = next(iter(graphs.values()))
+    outputs = list(first.outputs)[: len(program.signature.outputs)]
+    inputs = {k: first.inputs[k] for k in list(first.inputs)[: len(program.signature.inputs)]}
+    called = ", ".join(f"`{name}` {spec}" for name, spec in inputs.items())
+    lines = [
+        f"# A denoising loop of {len(steps)} steps in {len(graphs)} ONNX files",
+        "",
+        f"Every step calls the model once, with {called}; it returns {_quoted(outputs)}.",
+        f"`{WEIGHTS_FILE}` has the weights of all files and must lie beside them. `{LOOP}` says "
+        "the same as this page to a program.",
+        "",
+        "```",
+        "kept = {}                                  # (step, output) -> tensor",
+        "known = {}                                 # what prologues compute, by name",
+        "for s, step in enumerate(loop.steps):",
+        "    known.update(run(graphs[name].file, model's inputs))    for name in step.prologues",
+        "    feed = model's inputs of this call",
+        "    feed[name] = kept[source.step, source.output]   for name, source in step.slots",
+        "    feed[name] = numbers                            for name, numbers in step.constants",
+        "    feed[name] = known[name]                        for name in step.known",
+        "    results = run(graphs[step.graph].file, feed)",
+        "    kept[s, name] = results[name]                   for name in step.keep",
+        "    delete kept[source.step, source.output]         for source in step.free",
+        "```",
+        "",
+        "Calls of cond and uncond that are separate have a `kept` each. Tensors that are kept can "
+        "stay on the device; nothing changes them.",
+        "",
+        "## Steps",
+        "",
+        "| steps | file | slots from step | step constants | keeps |",
+        "|---|---|---|---|---|",
+    ]
+    for _, group in groupby(enumerate(steps), lambda pair: _row(*pair)):
+        alike = [step for step, _ in group]
+        lines.append(f"| {_range(alike)} | {_row(alike[0], steps[alike[0]])} |")
+    for name, graph in graphs.items():
+        lines += ["", f"## {name}.onnx", "", "| input | |", "|---|---|"]
+        lines += [f"| {key} | {spec} |" for key, spec in graph.inputs.items()]
+        lines += ["", "| output | |", "|---|---|"]
+        lines += [f"| {key} | {spec} |" for key, spec in graph.outputs.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(number: int, step: LoopStep) -> str:
+    sources = sorted({source.step for source in step.slots.values()})
+    constants = (f"{name}: {_short(numbers)}" for name, numbers in step.constants.items())
+    return " | ".join(
+        (
+            f"{step.graph}.onnx",
+            ", ".join(map(str, sources)) or "none",
+            ", ".join(constants) or "none",
+            f"{len(step.keep)} outputs",
+        )
+    )
+
+
+def _short(numbers: Any) -> str:
+    """Lists of tokens count up from 0, so their end says all."""
+    if len(numbers) > 2 and list(numbers) == list(range(len(numbers))):
+        return f"0..{numbers[-1]}"
+    text = json.dumps(numbers)
+    return text if len(text) <= 40 else "..."
+
+
+def _range(steps: list[int]) -> str:
+    return f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

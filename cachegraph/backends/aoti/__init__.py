@@ -1,0 +1,1 @@
+"""Graphs compiled ahead of time with AOTInductor."""

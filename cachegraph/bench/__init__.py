@@ -1,0 +1,1 @@
+"""Time schedules and backends against the uncached model."""

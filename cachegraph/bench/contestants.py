@@ -1,0 +1,279 @@
+"""What a benchmark compares: the model itself, the model under hooks, compiled step graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cachegraph.backends import get_backend
+from cachegraph.compiler.compile import Build, assemble, build
+from cachegraph.compiler.cost import moved_bytes, token_sizes
+from cachegraph.model.trace import TracedModel
+from cachegraph.oracle.reference import ReferenceRunner
+from cachegraph.oracle.trial import calls, times
+from cachegraph.passes import OPTIONAL
+from cachegraph.plan.plan import Plan
+from cachegraph.runtime.known import StepFunction
+from cachegraph.runtime.runner import Runner
+from cachegraph.schedule.schedule import Schedule, load_schedule
+from cachegraph.spec import TensorSpec
+
+from .choice import without_choice
+from .memory import compiled_memory, model_memory
+from .result import Entry, Memory
+
+Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
+_POINTS = 3  # steps of a variant that are timed, where they differ in tokens
+
+
+@dataclass
+class _Inputs:
+    """The model's inputs, the same for everybody, and made-up values of earlier steps."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    symbols: Mapping[str, int]
+    device: torch.device
+    kept: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def value(self, site: int, part: int, age: int, spec: TensorSpec) -> Tensor:
+        """Random numbers or, for whole numbers, an order of tokens; a tensor of its own a slot."""
+        key = site, part, age
+        sizes = spec.sizes(self.symbols)
+        if key not in self.kept or self.kept[key].shape != sizes:
+            noise = torch.randn(sizes, generator=self.generator)
+            made = noise.to(spec.dtype) if spec.dtype.is_floating_point else noise.argsort(-1)
+            self.kept[key] = made.to(self.device)
+        return self.kept[key]
+
+
+class Contestant:
+    """Something whose steps can be timed; by default nothing of a step is known or chosen."""
+
+    points: Sequence[int]  # the steps to time, in order
+    moved: Sequence[int] = ()  # bytes that each step must read and write; empty where not known
+
+    def __init__(self, entry: Entry, built: Build, inputs: _Inputs) -> None:
+        self.entry, self.built, self.inputs = entry, built, inputs
+        self.plan, self.cost = built.plan, built.cost
+
+    def call(self, step: int) -> None:
+        """Run one step."""
+        raise NotImplementedError
+
+    def bare(self, step: int) -> bool:
+        """Run the step without choosing tokens; False where it chooses none."""
+        return False
+
+    def before(self) -> None:
+        """Compute what is known before the first step."""
+
+    def whole(self) -> None:
+        """Run a trajectory."""
+        for step in range(self.plan.steps):
+            self.call(step)
+
+    def memory(self) -> Memory | None:
+        """Of a trajectory; None where it cannot be told. All points have been called before."""
+        return None
+
+    def sampled(self) -> Callable[..., Any]:
+        """Something to call as the model, for the calls of a trajectory in order."""
+        raise NotImplementedError
+
+
+class _Compiled(Contestant):
+    """The graphs of a schedule."""
+
+    def __init__(self, entry: Entry, built: Build, inputs: _Inputs, choice: bool) -> None:
+        super().__init__(entry, built, inputs)
+        artifact = assemble(built, entry.backend)
+        self.runner = artifact.runner()
+        self.flat = built.traced.signature.flatten(inputs.args, inputs.kwargs)
+        functions: list[StepFunction | None] = (
+            without_choice(artifact, built.graphs) if choice else [None] * len(built.graphs)
+        )
+        self.chooses = [function is not None for function in functions]
+        usual = self.runner.functions
+        self.bare_runner = Runner(
+            artifact.program,
+            [f or u for f, u in zip(functions, usual, strict=True)],
+            artifact.weights,
+        )
+        self.points = _points(self.plan, self.cost.flops)
+        self.times = times(artifact.program)
+        # A backend that is not exact computes known values for all steps at once.
+        self.ahead = not get_backend(entry.backend).exact
+        self.moved = _moved(built, ahead=self.ahead)
+        self.known: dict[int, list[Tensor]] = {}
+        self.session = self.runner.session()
+        self.calls = list(calls(artifact.program, seed=0))
+
+    @torch.no_grad()
+    def call(self, step: int) -> None:
+        self.runner.run_step(step, self.flat, self._values(step), self._known(step))
+
+    @torch.no_grad()
+    def bare(self, step: int) -> bool:
+        if not self.chooses[self.plan.variant_of[step]]:
+            return False
+        self.bare_runner.run_step(step, self.flat, self._values(step), self._known(step))
+        return True
+
+    @torch.no_grad()
+    def before(self) -> None:
+        known = self.runner.known_values()
+        clock = self.runner.tracking.input
+        if clock is not None:
+            known.expect(self.times, self.flat[clock])
+        known.begin(self.flat)
+        first = {variant.steps[0] for variant in self.plan.variants} if self.ahead else set[int]()
+        for step in sorted({*self.points, *first}):
+            self.known[step] = known.at(step, self._at(step))
+
+    def _known(self, step: int) -> list[Tensor]:
+        if self.ahead:
+            return self.known[step]
+        known = self.runner.known_values()
+        known.begin(self.flat)
+        return known.at(step, self.flat)
+
+    def _at(self, step: int) -> list[Tensor]:
+        """The model's inputs at a step: only the timestep differs."""
+        clock = self.runner.tracking.input
+        return [
+            torch.full_like(t, self.times[step]) if i == clock else t
+            for i, t in enumerate(self.flat)
+        ]
+
+    def whole(self) -> None:
+        for step, kwargs in enumerate(self.calls):
+            self.session(**kwargs, step=step)
+
+    @torch.no_grad()
+    def memory(self) -> Memory:
+        return compiled_memory(
+            self.built,
+            self.entry.backend,
+            self.runner,
+            self._at,
+            self._values,
+            self.points,
+            self.times,
+        )
+
+    def sampled(self) -> Callable[..., Any]:
+        return self.runner.session()
+
+    def _values(self, step: int) -> dict[tuple[int, int, int], Tensor]:
+        program = self.runner.program
+        entry = program.steps[step]
+        specs = program.variants[entry.variant].inputs[len(program.signature.inputs) :]
+        ages: dict[tuple[int, int], int] = {}
+        values = {}
+        for (site, part, made), spec in zip(entry.slots, specs, strict=False):
+            age = ages[site, part] = ages.get((site, part), -1) + 1
+            values[site, part, made] = self.inputs.value(site, part, age, spec)
+        return values
+
+
+class _Uncached(Contestant):
+    """The model itself; all of its steps are alike."""
+
+    points = (0,)
+
+    def __init__(self, entry: Entry, built: Build, inputs: _Inputs, model: nn.Module) -> None:
+        super().__init__(entry, built, inputs)
+        self.model = model
+        self.moved = (moved_bytes(built.traced.module, self.cost.symbols),) * self.plan.steps
+
+    def call(self, step: int) -> None:
+        with torch.no_grad():
+            self.model(*self.inputs.args, **self.inputs.kwargs)
+
+    @torch.no_grad()
+    def memory(self) -> Memory:
+        flat = self.built.traced.signature.flatten(self.inputs.args, self.inputs.kwargs)
+        return model_memory(self.model, self.built, flat, partial(self.call, 0))
+
+    def sampled(self) -> Callable[..., Any]:
+        return self.model
+
+
+class _Hooks(Contestant):
+    """The model under hooks; every step is run, for each needs those before it."""
+
+    def __init__(self, entry: Entry, built: Build, inputs: _Inputs, model: nn.Module) -> None:
+        super().__init__(entry, built, inputs)
+        self.points = range(built.plan.steps)
+        self.runner = ReferenceRunner.of_plan(model, built.traced, built.plan, built.schedule)
+
+    def call(self, step: int) -> None:
+        self.runner(*self.inputs.args, step=step, **self.inputs.kwargs)
+
+    def sampled(self) -> Callable[..., Any]:
+        self.runner.reset()
+        return self.runner
+
+
+def _moved(built: Build, *, ahead: bool) -> list[int]:
+    """Bytes that each step must read and write, and its prologue where that is part of it."""
+    moved, symbols = [], built.cost.symbols
+    for step, variant in enumerate(built.plan.variant_of):
+        graph = built.graphs[variant]
+        prologue = 0 if ahead or graph.prologue is None else moved_bytes(graph.prologue, symbols)
+        moved.append(prologue + moved_bytes(graph.module, {**symbols, **token_sizes(graph, step)}))
+    return moved
+
+
+def _points(plan: Plan, flops: Sequence[int]) -> tuple[int, ...]:
+    """The steps to time: one a variant or, where their FLOPs differ, several from low to high."""
+    chosen: set[int] = set()
+    for variant in plan.variants:
+        ranked = sorted({flops[step]: step for step in reversed(variant.steps)}.items())
+        places = np.linspace(0, len(ranked) - 1, min(_POINTS, len(ranked)))
+        chosen.update(ranked[round(place)][1] for place in places)
+    return tuple(sorted(chosen))
+
+
+def make_contestants(
+    model: nn.Module,
+    traced: TracedModel,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    entries: Sequence[Entry],
+    choice: bool,
+    progress: Progress,
+) -> list[Contestant]:
+    """One contestant an entry, none of them called yet; for the arguments see ``run_bench``."""
+    inputs = _Inputs(args, kwargs, traced.symbols, next(model.parameters()).device)
+    steps = max((e.schedule.steps for e in entries if e.schedule is not None), default=1)
+    builds: dict[tuple[str, ...], Build] = {}
+    found: list[Contestant] = []
+    for number, entry in enumerate(entries):
+        schedule = entry.schedule or full_schedule(steps)
+        disable = entry.disable if entry.schedule else OPTIONAL
+        key = schedule.digest(), *disable
+        if key not in builds:
+            progress(f"rewriting {entry.name}", number, len(entries))
+            builds[key] = build(model, schedule, traced=traced, disable=disable)
+        built = builds[key]
+        if entry.hooks:
+            found.append(_Hooks(entry, built, inputs, model))
+        elif entry.is_model:
+            found.append(_Uncached(entry, built, inputs, model))
+        else:
+            found.append(_Compiled(entry, built, inputs, choice))
+    return found
+
+
+def full_schedule(steps: int) -> Schedule:
+    """The schedule that caches nothing."""
+    return load_schedule({"cachegraph": 1, "steps": steps, "policy": {"method": "full"}})

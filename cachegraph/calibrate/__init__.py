@@ -1,0 +1,1 @@
+"""Measure how much the values of sites change, and make schedules from that."""

@@ -1,0 +1,183 @@
+"""The command line: its commands, and what becomes of errors.
+
+Modules that import torch are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cachegraph.errors import CachegraphError
+
+from .bench import bench
+from .calibrate import calibrate, import_router_file
+from .compile import compile_model, verify
+from .export import export
+from .options import examples
+from .plan import inspect, show_plan
+from .sample import sample
+
+
+class _Commands(TyperGroup):
+    """Reports what goes wrong in a command; usage errors are typer's own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Takes --debug in any place."""
+        rest = [arg for arg in args if arg != "--debug"]
+        return super().parse_args(ctx, ["--debug"] * (len(rest) < len(args)) + rest)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command and turns its errors into messages and exit codes."""
+        try:
+            with warnings.catch_warnings():
+                for category in (DeprecationWarning, FutureWarning):  # torch's, about itself
+                    warnings.simplefilter("ignore", category)
+                return super().invoke(ctx)
+        except (
+            typer.Exit,
+            typer.Abort,
+            typer.TyperException,
+            BrokenPipeError,
+        ):  # typer's to report
+            raise
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:  # noqa: BLE001 - nobody above can report it
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            typer.echo(_message(error), err=True)
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, CachegraphError):
+        return f"error: {error}"
+    first = str(error).strip().partition("\n")[0]
+    return f"error: {type(error).__name__}: {first}\nadd --debug to see where it happened"
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="cachegraph",
+    help="A compiler for the denoising loop of diffusion transformers.",
+    epilog=examples(
+        "cachegraph plan DiT-XL/2 --schedule fora-n3",
+        "cachegraph compile DiT-XL-2-256x256.pt --schedule fora-n3",
+        "cachegraph sample digits --schedule fora-n3 -o digits.png",
+    ),
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Runs the command line of this process and ends it with an exit code."""
+    app(prog_name="cachegraph")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cachegraph {version('cachegraph')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error happened; stands anywhere.")
+    ] = False,
+) -> None:
+    """What goes before a command; ``debug`` is read where errors are reported."""
+
+
+_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
+    (
+        "compile",
+        compile_model,
+        (
+            "cachegraph compile DiT-XL-2-256x256.pt --schedule fora-n3",
+            "cachegraph compile digits -s mine.yaml -o fast.cgraph --backend eager",
+            "cachegraph compile models:make_unet -s mine.yaml --input x=2,4,32,32:f32",
+        ),
+    ),
+    (
+        "plan",
+        show_plan,
+        (
+            "cachegraph plan DiT-XL/2 --schedule fora-n3",
+            "cachegraph plan DiT-XL/2 --schedule mine.yaml --input-size 64 --batch 8",
+            "cachegraph plan DiT-S/2 -s fora-n5 --json | jq .speed_up_limit",
+        ),
+    ),
+    (
+        "inspect",
+        inspect,
+        (
+            "cachegraph inspect digits-fora-n3.cgraph",
+            "cachegraph inspect digits-fora-n3.cgraph --diff variant0 variant1",
+            "cachegraph inspect DiT-S/2 -s fora-n3 --variant variant1 --dot graph.dot",
+        ),
+    ),
+    (
+        "verify",
+        verify,
+        (
+            "cachegraph verify DiT-XL-2-256x256-fora-n3.cgraph --model DiT-XL-2-256x256.pt",
+            "cachegraph verify digits-fora-n3.cgraph --model digits --calls 10",
+        ),
+    ),
+    (
+        "export",
+        export,
+        (
+            "cachegraph export digits-fora-n3.cgraph --to onnx -o digits-onnx",
+            "python tools/onnx_sampler.py digits-onnx digits.npy",
+        ),
+    ),
+    (
+        "sample",
+        sample,
+        (
+            "cachegraph sample digits --schedule fora-n3 -o digits.png",
+            "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
+        ),
+    ),
+    (
+        "bench",
+        bench,
+        (
+            "cachegraph bench DiT-XL/2 -s toca-n3 -s fora-n3 --threads 2 --choice",
+            "cachegraph bench digits -s fora-n3 --backend eager --backend inductor --hooks",
+        ),
+    ),
+    (
+        "calibrate",
+        calibrate,
+        (
+            "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
+            "cachegraph calibrate digits --schedule fora-n3 --goc 0.5 -o corrected.yaml",
+            "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
+        ),
+    ),
+    (
+        "import-router",
+        import_router_file,
+        ("cachegraph import-router DDIM20_router.pt -o mask.yaml --threshold 0.1",),
+    ),
+)
+for _name, _command, _lines in _COMMANDS:
+    app.command(_name, epilog=examples(*_lines))(_command)

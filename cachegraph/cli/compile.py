@@ -1,0 +1,191 @@
+"""The commands that make an artifact and check it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachegraph.errors import CachegraphError, InputError
+
+from .options import (
+    ArchOption,
+    DisableOption,
+    ForceOption,
+    InputOption,
+    ModelArgument,
+    OutOption,
+    ScheduleOption,
+    SeedOption,
+    VaryingOption,
+)
+from .output import Say, progress, show
+
+if TYPE_CHECKING:
+    from cachegraph.artifact.artifact import Artifact
+    from cachegraph.compiler.sources import Source
+    from cachegraph.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class _Options:
+    """All but the model and the schedule that tells what is made: each is part of its origin."""
+
+    backend: str
+    arch: str | None
+    inputs: list[str]
+    static_batch: bool
+    varying: list[str]
+    disable: list[str]
+
+
+def compile_model(
+    model: ModelArgument,
+    schedule: ScheduleOption,
+    out: OutOption = None,
+    backend: Annotated[
+        str, typer.Option(help="What runs the graphs: eager, inductor, aoti, onnx or tensorrt.")
+    ] = "inductor",
+    arch: ArchOption = None,
+    inputs: InputOption = None,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="Fix the batch to that of the example inputs.")
+    ] = False,
+    varying: VaryingOption = None,
+    disable: DisableOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Compile a model's denoising loop under a schedule and write it as an artifact."""
+    from cachegraph.artifact.artifact import is_made_from, load_artifact
+    from cachegraph.artifact.origin import find_origin
+    from cachegraph.backends import get_backend
+    from cachegraph.compiler.sources import model_files, open_model
+    from cachegraph.oracle.trial import warm_up
+    from cachegraph.passes import passes_without
+    from cachegraph.schedule.schedule import load_schedule
+
+    asked = load_schedule(schedule)
+    get_backend(backend)  # a wrong name is told before any work
+    passes_without(disable or ())
+    _refuse_overwrite(out)
+    name = Path(schedule).stem
+    how = _Options(backend, arch, inputs or [], static_batch, varying or [], disable or [])
+    with progress() as say:
+        say("looking for what is there already")
+        origin = find_origin(model, model_files(model), asked, asdict(how))
+        title = Path(model).stem
+        target = out or Path(f"{title}-{name}.cgraph")
+        kept = not force and origin is not None and is_made_from(target, origin)
+        if not kept:
+            say("loading the model")
+            source = open_model(model, arch=arch, inputs=how.inputs)
+            title = source.name
+            target = out or Path(f"{title}-{name}.cgraph")
+            _refuse_overwrite(target)
+            _make(source, asked, how, say).save(target, say, origin)
+        say("reading the artifact")
+        artifact = load_artifact(target)
+        if backend == "inductor":
+            warm_up(artifact, say)
+    if kept:
+        show("up to date: made before from the same model, schedule and options")
+    _show_artifact(f"{title}, {name}", artifact, target)
+
+
+def _make(source: Source, schedule: Schedule, how: _Options, say: Say) -> Artifact:
+    """The artifact, in memory."""
+    from cachegraph.compiler.compile import assemble, build
+
+    built = build(
+        source.model,
+        schedule,
+        source.args,
+        source.kwargs,
+        dynamic_batch=not how.static_batch,
+        varying=how.varying,
+        disable=how.disable,
+        progress=say,
+    )
+    say("writing the artifact")
+    return assemble(built, how.backend)
+
+
+def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
+    """What was compiled, and where it is."""
+    from cachegraph.show.picture import size, summary
+    from cachegraph.show.view import choices, view_artifact
+
+    view = view_artifact(artifact)
+    heading += choices(artifact.program.varying, artifact.program.disabled)
+    show(summary(heading, view.plan, view.cost, view.batch_text))
+    written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    show(f"artifact  {path}, {size(written)}, backend {artifact.backend}")
+
+
+def verify(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="What compile wrote.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODEL", show_default=False, help="The model that it was made from."),
+    ],
+    arch: ArchOption = None,
+    count: Annotated[
+        str,
+        typer.Option("--calls", metavar="N", help="Calls to compare, or all of the trajectory."),
+    ] = "all",
+    tolerance: Annotated[float, typer.Option(help="Largest relative L2 error of a call.")] = 1e-4,
+    seed: SeedOption = 0,
+) -> None:
+    """Compare an artifact with the model under plain Python hooks, on random inputs."""
+    from cachegraph.artifact.artifact import load_artifact
+    from cachegraph.compiler.sources import open_model
+    from cachegraph.oracle.trial import compare, reference_of
+    from cachegraph.show.picture import plain_table
+
+    with progress() as say:
+        say("reading the artifact")
+        compiled = load_artifact(artifact)
+        steps = _calls(count, len(compiled.program.steps))
+        say("loading the model")
+        source = open_model(model, arch=arch, need_inputs=False)
+        say("tracing the model")
+        reference = reference_of(compiled, source.model, seed)
+        errors = compare(compiled.runner(), reference, steps, seed, say)
+    worst = sorted(errors, key=lambda one: -one.error)
+    found = plain_table("step", "variant", "relative L2 error", right=("step", "relative L2 error"))
+    for one in worst[:5]:
+        found.add_row(str(one.step), one.variant, f"{one.error:.2e}")
+    show(f"{artifact} against {source.name}: {len(errors)} calls, seed {seed}", "")
+    if worst[0].error > 0:
+        show(found, "")
+    show(f"largest relative L2 error {worst[0].error:.2g}, tolerance {tolerance:g}")
+    if worst[0].error > tolerance:
+        raise CachegraphError(
+            "the artifact differs from the reference",
+            place=str(artifact),
+            expected=f"a relative error of at most {tolerance:g} at every call",
+            found=f"{worst[0].error:.2e} at step {worst[0].step}",
+        )
+
+
+def _refuse_overwrite(target: Path | None) -> None:
+    """As saving would, but before the work."""
+    from cachegraph.artifact.artifact import MANIFEST
+    from cachegraph.folders import refuse_foreign
+
+    if target is not None:
+        refuse_foreign(target, MANIFEST, "artifact")
+
+
+def _calls(text: str, steps: int) -> int:
+    if text == "all":
+        return steps
+    if not text.isdecimal() or not 1 <= int(text) <= steps:
+        raise InputError(
+            "--calls: no such number of calls", expected=f"1 to {steps}, or all", found=text
+        )
+    return int(text)

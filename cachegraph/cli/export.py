@@ -1,0 +1,43 @@
+"""The command that writes a compiled loop for other runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachegraph.errors import InputError, nearest
+
+from .output import progress, show
+
+_FORMATS = ("onnx",)
+
+
+def export(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="What compile wrote.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FOLDER", show_default=False, help="Where to write."),
+    ],
+    to: Annotated[str, typer.Option(help="Format of the graphs: onnx.")] = "onnx",
+) -> None:
+    """Write an artifact's graphs, weights and loop, so that any runtime can sample with them."""
+    from cachegraph.artifact.artifact import load_artifact
+    from cachegraph.artifact.bundle import LOOP, export_onnx
+    from cachegraph.show.picture import size
+
+    if to not in _FORMATS:
+        raise InputError(
+            f"--to: unknown format {to!r}",
+            expected=", ".join(_FORMATS),
+            remedy=nearest(to, _FORMATS),
+        )
+    with progress() as say:
+        say("reading the artifact")
+        export_onnx(load_artifact(artifact), out, say)
+    files = sorted(out.glob("*.onnx"))
+    written = sum(file.stat().st_size for file in out.iterdir())
+    show(f"{out}: {len(files)} graphs, {size(written)}; README.md and {LOOP} say how to run them")

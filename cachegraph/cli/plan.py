@@ -1,0 +1,287 @@
+"""The commands that show what would be or was compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cachegraph.errors import InputError
+
+from .options import (
+    ArchOption,
+    DiffOption,
+    DisableOption,
+    DotOption,
+    InputOption,
+    MaybeSchedule,
+    ScheduleOption,
+    ShapesArgument,
+    SitesOption,
+    SizeOption,
+    VariantOption,
+    WhatArgument,
+)
+from .output import is_artifact, progress, room, show
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cachegraph.model.trace import TracedModel
+    from cachegraph.show.view import View
+
+
+def show_plan(
+    model: ShapesArgument,
+    schedule: ScheduleOption,
+    arch: ArchOption = None,
+    inputs: InputOption = None,
+    input_size: SizeOption = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="For FLOPs and bytes; default: that of the example inputs."),
+    ] = None,
+    counter: Annotated[
+        Literal["torch", "toca"],
+        typer.Option(help="Whose FLOPs: torch's counter, or the rule of ToCa's code for DiT."),
+    ] = "torch",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write all numbers as JSON instead.")
+    ] = False,
+    disable: DisableOption = None,
+) -> None:
+    """Show what would be computed at every step, and what that costs."""
+    from cachegraph.show.picture import overview
+    from cachegraph.show.view import choices, plan_data
+
+    if counter == "toca":
+        _show_toca(model, schedule, arch, inputs, input_size, batch, as_json)
+        return
+    view, name = _build(model, schedule, arch, inputs, input_size, batch, disable)
+    if as_json:
+        typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
+        return
+    heading = f"{name}, {Path(schedule).stem}{choices((), disable or ())}"
+    show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+
+
+def _show_toca(
+    model: str,
+    schedule: str,
+    arch: str | None,
+    inputs: list[str] | None,
+    input_size: int | None,
+    batch: int | None,
+    as_json: bool,
+) -> None:
+    """FLOPs as the published code counts them; no graph is rewritten for that."""
+    from cachegraph.compiler.counters import count_toca
+    from cachegraph.schedule.rows import plan_of
+    from cachegraph.schedule.schedule import load_schedule
+
+    asked = load_schedule(schedule)
+    full = load_schedule({"cachegraph": 1, "steps": 1, "policy": {"method": "full"}})
+    traced, name = _traced(model, arch, inputs, input_size)
+    flops = count_toca(plan_of(asked, traced), traced, batch)
+    uncached = len(flops) * count_toca(plan_of(full, traced), traced, batch)[0]
+    total = sum(flops)
+    if as_json:
+        data = {"counter": "toca", "flops": flops, "total_flops": total, "uncached_flops": uncached}
+        typer.echo(json.dumps(data, indent=1))
+        return
+    show(f"{name}, {Path(schedule).stem}: FLOPs as the published code of ToCa counts them")
+    show(f"{_teras(total)} of {_teras(uncached)} uncached, {uncached / total:.2f}x")
+
+
+def _teras(count: int) -> str:
+    """Exact, as published totals are: ``43.420574210048 T``, ``0.014281783296 T (14.3 G)``."""
+    from cachegraph.show.picture import amount
+
+    return f"{count / 1e12:.12f} T" + (f" ({amount(count)})" if count < 1e12 else "")
+
+
+def inspect(
+    what: WhatArgument,
+    schedule: MaybeSchedule = None,
+    variant: VariantOption = None,
+    diff: DiffOption = None,
+    dot: DotOption = None,
+    sites: SitesOption = False,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw which tokens digits recomputes at each step."),
+    ] = None,
+    arch: ArchOption = None,
+    inputs: InputOption = None,
+    input_size: SizeOption = None,
+    disable: DisableOption = None,
+) -> None:
+    """Look at an artifact, ONNX files, or what a model would become: plan, graphs, differences."""
+    from cachegraph.show.onnx_files import onnx_files, onnx_report
+    from cachegraph.show.view import choices, sites_table
+
+    asked = (bool(diff), sites, bool(variant or dot), bool(tokens))
+    if sum(asked) > 1:
+        raise InputError("--variant with --dot, --diff, --sites and --tokens exclude each other")
+    options = {
+        "--schedule": schedule,
+        "--arch": arch,
+        "--input": inputs,
+        "--input-size": input_size,
+        "--disable-pass": disable,
+    }
+    for_models = [name for name, value in options.items() if value]
+    if tokens is not None:
+        _draw_tokens(what, schedule, tokens, [n for n in for_models if n != "--schedule"])
+        return
+    if files := onnx_files(what):
+        if for_models or any(asked):
+            raise InputError("ONNX files take no options", place=what)
+        show(*onnx_report(files))
+        return
+    if is_artifact(what):
+        view, heading = _read(what, for_models)
+    elif schedule is None and sites and not disable:
+        show(sites_table(_traced(what, arch, inputs, input_size)[0].sites))
+        return
+    else:
+        given = _needed(schedule, what)
+        view, name = _build(what, given, arch, inputs, input_size, None, disable)
+        heading = f"{name}, {Path(given).stem}{choices((), disable or ())}"
+    _show_parts(view, heading, variant, diff, dot, sites)
+
+
+def _show_parts(
+    view: View,
+    heading: str,
+    variant: str | None,
+    diff: tuple[str, str] | None,
+    dot: Path | None,
+    sites: bool,
+) -> None:
+    """What was asked for; else an overview."""
+    from cachegraph.graph.text import difference
+    from cachegraph.graph.text import dot as graph_dot
+    from cachegraph.show.view import sites_table
+
+    if sites:
+        show(sites_table(view.plan.sites))
+    elif diff:
+        first, second = (view.texts[view.variant(name)] for name in diff)
+        same = f"{diff[0]} and {diff[1]} do not differ\n"
+        typer.echo(same if first == second else difference(first, second, diff), nl=False)
+    elif dot:
+        index = view.variant(variant) if variant else 0
+        dot.write_text(graph_dot(view.graphs[index]))
+        show(f"{dot}: {view.plan.variants[index].name} in DOT")
+    elif variant:
+        typer.echo(view.texts[view.variant(variant)], nl=False)
+    else:
+        _show_overview(view, heading)
+
+
+def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[str]) -> None:
+    """Sample a digit, and draw the tokens that were recomputed over it."""
+    if unused:
+        raise InputError(f"{unused[0]} does not go with --tokens", place=what)
+    if what != "digits" or schedule is None:
+        raise InputError(
+            "--tokens needs a sampler, which only digits has here",
+            place=what,
+            expected="cachegraph inspect digits --schedule ... --tokens FILE.png",
+        )
+    from cachegraph.show.token_map import write_token_map
+    from cachegraph.zoo import load_model
+
+    with progress() as say:
+        say("sampling")
+        write_token_map(load_model(what), schedule, path)
+    show(f"{path}: a panel a step; orange: recomputed tokens, green frame: everything is computed")
+
+
+def _show_overview(view: View, heading: str) -> None:
+    """Picture, variants and cost, and what each pass did where that is known."""
+    from cachegraph.show.picture import overview
+    from cachegraph.show.view import passes_table
+
+    show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+    if view.reports:
+        show("", passes_table(view.reports))
+
+
+def _needed(schedule: str | None, model: str) -> str:
+    """The schedule; where there is none, says what is missing."""
+    from cachegraph.compiler.sources import check_model_file
+
+    if schedule is not None:
+        return schedule
+    check_model_file(model)
+    raise InputError(
+        "a model needs --schedule, or give an artifact",
+        place=model,
+        remedy="only --sites does without",
+    )
+
+
+def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
+    """An artifact and what to call it; it goes with no option for models."""
+    from cachegraph.artifact.artifact import load_artifact
+    from cachegraph.show.view import choices, view_artifact
+
+    if options:
+        raise InputError(
+            f"{options[0]} goes with a model only",
+            place=path,
+            remedy="leave it out: what an artifact was made from is in it",
+        )
+    with progress() as say:
+        say("reading the artifact")
+        artifact = load_artifact(path)
+    chosen = choices(artifact.program.varying, artifact.program.disabled)
+    return view_artifact(artifact), f"{Path(path).name}, backend {artifact.backend}{chosen}"
+
+
+def _traced(
+    model: str, arch: str | None, inputs: list[str] | None, input_size: int | None
+) -> tuple[TracedModel, str]:
+    """A model's trace from shapes alone, and its name."""
+    from cachegraph.compiler.compile import example_inputs
+    from cachegraph.compiler.sources import open_model
+    from cachegraph.model.trace import trace
+
+    with progress() as say:
+        say("tracing the model")
+        source = open_model(
+            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
+        )
+        example = example_inputs(source.model, source.args, source.kwargs)
+        return trace(source.model, *example), source.name
+
+
+def _build(
+    model: str,
+    schedule: str,
+    arch: str | None,
+    inputs: list[str] | None,
+    input_size: int | None,
+    batch: int | None,
+    disable: list[str] | None,
+) -> tuple[View, str]:
+    """Plan and graphs from shapes alone, and the model's name."""
+    from cachegraph.compiler.compile import build
+    from cachegraph.compiler.sources import open_model
+    from cachegraph.schedule.schedule import load_schedule
+    from cachegraph.show.view import view_build
+
+    asked = load_schedule(schedule)
+    with progress() as say:
+        say("loading the model")
+        source = open_model(
+            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
+        )
+        args, kwargs = source.args, source.kwargs
+        built = build(source.model, asked, args, kwargs, disable=disable or (), progress=say)
+        say("counting")
+        return view_build(built, batch), source.name

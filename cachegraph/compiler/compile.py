@@ -1,0 +1,237 @@
+"""From a model and a schedule to a compiled artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachegraph.artifact.artifact import Artifact, load_artifact
+from cachegraph.backends import Progress, check_all, get_backend
+from cachegraph.errors import ModelError
+from cachegraph.graph.step_graph import StepGraph
+from cachegraph.graph.text import graph_text
+from cachegraph.model.trace import TracedModel, trace
+from cachegraph.passes import passes_without
+from cachegraph.plan.plan import Plan
+from cachegraph.runtime.known import named_prologues
+from cachegraph.runtime.program import make_program
+from cachegraph.runtime.runner import Runner
+from cachegraph.runtime.tracking import Track
+from cachegraph.schedule.rows import plan_of
+from cachegraph.schedule.schedule import Schedule, load_schedule
+
+from .cost import PlanCost, plan_cost
+from .pipeline import PassReport, module_weights, rewrite
+
+ScheduleSource = str | Path | Mapping[str, object] | Schedule
+
+
+@dataclass(frozen=True)
+class Build:
+    """Everything between a schedule and an artifact, for looking at.
+
+    Attributes:
+        traced: the model.
+        schedule: what was asked for.
+        plan: what every step does.
+        graphs: the lowered graph of each variant.
+        reports: what each pass did.
+        cost: what a trajectory costs.
+        weights: name -> tensor, shared by all graphs.
+        varying: inputs that were said to differ from step to step.
+        disabled: names of exact optimisations that were left out.
+    """
+
+    traced: TracedModel
+    schedule: Schedule
+    plan: Plan
+    graphs: tuple[StepGraph, ...]
+    reports: tuple[PassReport, ...]
+    cost: PlanCost
+    weights: Mapping[str, Tensor]
+    varying: tuple[str, ...] = ()
+    disabled: tuple[str, ...] = ()
+
+
+def build(
+    model: nn.Module,
+    schedule: ScheduleSource,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_batch: bool = True,
+    varying: Sequence[str] = (),
+    disable: Sequence[str] = (),
+    traced: TracedModel | None = None,
+    progress: Progress | None = None,
+) -> Build:
+    """Trace, plan and rewrite; needs shapes only, so weights may be on the meta device.
+
+    Args:
+        model: in eval mode.
+        schedule: path, preset name, dict or Schedule.
+        args: example inputs; the model's own ``example_inputs()`` where left out.
+        kwargs: example inputs by name.
+        dynamic_batch: let the batch vary where torch.export can.
+        varying: inputs that differ from step to step, beside the first one and the timestep.
+        disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
+        traced: the model's trace, where it is there already.
+        progress: is told what is being done.
+
+    Raises:
+        InputError: the schedule or the model cannot be used.
+    """
+    say = progress or (lambda _: None)
+    asked, passes = load_schedule(schedule), passes_without(disable)
+    if traced is None:
+        say("tracing the model")
+        args, kwargs = example_inputs(model, args, kwargs)
+        traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch)
+    plan = plan_of(asked, traced)
+    weights = module_weights(traced)
+    reports: list[PassReport] = []
+
+    def on_pass(_step: StepGraph, report: PassReport) -> None:
+        say(f"rewriting {report.variant} of {len(plan.variants)}: {report.pass_name}")
+        reports.append(report)
+
+    graphs = rewrite(traced, plan, passes=passes, varying=varying, weights=weights, on_pass=on_pass)
+    cost = plan_cost(plan, graphs, traced.module, weights, traced.symbols)
+    said = tuple(varying), tuple(disable)
+    return Build(traced, asked, plan, graphs, tuple(reports), cost, weights, *said)
+
+
+def compile(
+    model: nn.Module,
+    schedule: ScheduleSource,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: str = "inductor",
+    out: str | Path | None = None,
+    dynamic_batch: bool = True,
+    varying: Sequence[str] = (),
+    disable: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a model's denoising loop under a schedule; the model itself is not changed.
+
+    Args:
+        model: any module in eval mode.
+        schedule: path, preset name, dict or Schedule.
+        args: example inputs; the model's own ``example_inputs()`` where left out. The first
+            dimension of the first tensor is the batch.
+        kwargs: example inputs by name.
+        backend: what runs the graphs: ``eager``, ``inductor``, ``aoti``, ``onnx``, ``tensorrt``.
+        out: folder to write the artifact to.
+        dynamic_batch: let the batch vary where torch.export can.
+        varying: inputs that differ from step to step, beside the first one and the timestep. All
+            others must stay the same throughout a trajectory.
+        disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
+        progress: is told what is being done.
+
+    Returns:
+        The artifact; ``artifact.runner()`` or ``cachegraph.load(artifact)`` runs it.
+
+    Raises:
+        InputError: the schedule, the model or the backend cannot be used.
+    """
+    get_backend(backend)  # a wrong name is told before any work
+    built = build(
+        model,
+        schedule,
+        args,
+        kwargs,
+        dynamic_batch=dynamic_batch,
+        varying=varying,
+        disable=disable,
+        progress=progress,
+    )
+    artifact = assemble(built, backend)
+    say = progress or (lambda _: None)
+    if out is None:
+        artifact.compile_ahead(progress=say)
+    else:
+        say("writing the artifact")
+        artifact.save(out, say)
+    return artifact
+
+
+def assemble(built: Build, backend: str) -> Artifact:
+    """The artifact of what was built, in memory.
+
+    Raises:
+        BackendError: the backend is unknown or cannot take the graphs.
+    """
+    check_all(get_backend(backend), [(step.variant.name, step.graph) for step in built.graphs])
+    program = make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost)
+    return Artifact(
+        program=replace(program, varying=built.varying, disabled=built.disabled),
+        schedule=built.schedule,
+        graphs=tuple(step.module for step in built.graphs),
+        prologues=named_prologues(built.graphs),
+        texts=tuple(graph_text(step) for step in built.graphs),
+        weights=built.weights,
+        backend=backend,
+        device=next(iter(built.weights.values())).device,
+    )
+
+
+def load(
+    artifact: str | Path | Artifact,
+    device: str | torch.device = "cpu",
+    *,
+    track: Track = "timestep",
+    backend: str | None = None,
+    timesteps: Sequence[float] | None = None,
+    cuda_graphs: bool = False,
+) -> Runner:
+    """A compiled model, callable as the traced one was; needs no model code.
+
+    Args:
+        artifact: a folder, or what :func:`compile` returned.
+        device: where a folder's weights go.
+        track: how the step of a call is found: from its ``timestep``, or by ``count``.
+        backend: another backend than the artifact was compiled for.
+        timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
+            Steps are found by them, and what depends on them alone is computed ahead from the
+            first step on; with ``track="count"`` they are taken as said, calls' are not looked at.
+        cuda_graphs: record the kernels of each kind of step once and launch them all at once. Each
+            branch of a session records graphs of its own, anew for another batch: about one a
+            variant and set of token counts, see ``runtime.cuda_graph.plan_launches``.
+
+    Raises:
+        InputError: ``cuda_graphs`` on a device without them.
+        BackendError: ``cuda_graphs`` with a backend whose work cannot be recorded.
+        SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
+        ArtifactError: the folder is missing, half-written, damaged, edited or newer.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = load_artifact(artifact, device)
+    return artifact.runner(
+        track=track, backend=backend, timesteps=timesteps, cuda_graphs=cuda_graphs
+    )
+
+
+def example_inputs(
+    model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The given example inputs, else the model's own.
+
+    Raises:
+        ModelError: none are given and the model has none.
+    """
+    if args is not None or kwargs is not None:
+        return args or (), kwargs or {}
+    own = getattr(model, "example_inputs", None)
+    if own is None:
+        raise ModelError(
+            f"{type(model).__name__} has no example inputs of its own",
+            remedy="give args=... or kwargs=... (on the command line: --input NAME=SHAPE:DTYPE)",
+        )
+    return own()

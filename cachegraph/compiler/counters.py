@@ -1,0 +1,121 @@
+"""The published code's own way of counting FLOPs, for comparison with published totals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cachegraph.errors import PlanError
+from cachegraph.methods.toca import blocks_of
+from cachegraph.model.site import Site, SiteKind, describe
+from cachegraph.model.trace import TracedModel
+from cachegraph.plan.action import Action, Compute, Refresh, Row
+from cachegraph.plan.plan import Plan
+
+
+def toca_flops(
+    rows: Sequence[Row], sites: Sequence[Site], *, batch: int, heads: int
+) -> tuple[int, ...]:
+    """FLOPs of each step as the published ToCa and DuCa count them for DiT.
+
+    Per block, with n tokens of C channels, h heads of d channels and k tokens recomputed
+    (Shenyi-Z/ToCa, ``DiT-ToCa/models.py`` and ``cache_functions/attention.py``)::
+
+        attention   6 B n C^2 + 2 B n C^2 + B n C + 4 B h n^2 d + 5 B h n^2     if computed
+        mlp         16 B k C^2 + 24 B k C                                      (hidden size 4 C)
+        modulation  B C + 6 B C^2                                              (a linear, times 1)
+        norms       2 B n C
+
+    A block that is skipped counts nothing, one whose result is thrown away counts. Embedding and
+    final layer are not counted.
+
+    Args:
+        rows: one a step, one action a site.
+        sites: every site of the model.
+        batch: both halves of classifier-free guidance counted.
+        heads: of an attention.
+
+    Raises:
+        PlanError: the model is not made like DiT.
+    """
+    index = {site.name: i for i, site in enumerate(sites)}
+    stacks = [i for i, site in enumerate(sites) if site.kind == SiteKind.STACK]
+    blocks = [_Block(block, index, batch, heads) for block in blocks_of(sites)]
+    return tuple(
+        sum(
+            block.flops(row)
+            for block in blocks
+            if all(isinstance(row[i], Compute) for i in stacks) or block.runs(row)
+        )
+        for row in rows
+    )
+
+
+def count_toca(plan: Plan, traced: TracedModel, batch: int | None) -> tuple[int, ...]:
+    """:func:`toca_flops` of a plan.
+
+    Args:
+        plan: what every step does.
+        traced: the model, for its number of heads.
+        batch: both halves of guidance counted; None for that of the example inputs.
+
+    Raises:
+        PlanError: the model is not made like DiT.
+    """
+    cores = [name for site in plan.sites for name in site.cores]
+    query = next((n for n in traced.module.graph.nodes if n.name in cores), None)
+    heads = query.args[0].meta["val"].shape[1] if query is not None else 0
+    size = traced.signature.inputs[0][1].sizes(traced.symbols)[0]
+    return toca_flops(plan.rows, plan.sites, batch=batch or size, heads=int(heads))
+
+
+class _Block:
+    """A block's attention and mlp, by their places in a row."""
+
+    def __init__(
+        self, sites: Sequence[Site], index: dict[str, int], batch: int, heads: int
+    ) -> None:
+        by_kind = {site.kind: site for site in sites}
+        if len(sites) != 2 or set(by_kind) != {SiteKind.ATTN, SiteKind.MLP}:
+            raise PlanError(
+                "the counter of ToCa does not fit the model",
+                expected="blocks of one attn and one mlp site, as DiT has them",
+                found=describe(sites),
+            )
+        self.attn = index[by_kind[SiteKind.ATTN].name]
+        self.mlp = index[by_kind[SiteKind.MLP].name]
+        self.batch, self.heads = batch, heads
+        self.tokens, self.channels = _sizes(by_kind[SiteKind.MLP])
+
+    def runs(self, row: Row) -> bool:
+        """True where anything of the block is computed."""
+        return any(isinstance(row[i], Compute | Refresh) for i in (self.attn, self.mlp))
+
+    def flops(self, row: Row) -> int:
+        """FLOPs of the block in one step."""
+        b, n, c, h = self.batch, self.tokens, self.channels, self.heads
+        k = self._fresh(row[self.mlp])
+        attention = 8 * b * n * c**2 + b * n * c + 4 * b * n**2 * c + 5 * b * h * n**2
+        modulation, norms = b * c + 6 * b * c**2, 2 * b * n * c
+        mlp = 16 * b * k * c**2 + 24 * b * k * c
+        return mlp + modulation + norms + attention * isinstance(row[self.attn], Compute)
+
+    def _fresh(self, action: Action) -> int:
+        match action:
+            case Compute():
+                return self.tokens
+            case Refresh(tokens=tokens):
+                return tokens
+        return 0
+
+
+def _sizes(site: Site) -> tuple[int, int]:
+    """Tokens and channels of a site's value ``(B, N, C)``."""
+    match site.values[0].spec.shape:
+        case (_, int(tokens), int(channels)):
+            return tokens, channels
+    raise PlanError(
+        "the counter of ToCa does not fit the model",
+        place=site.name,
+        expected="a value of shape (batch, tokens, channels), the last two numbers",
+        found=str(site.values[0].spec),
+    )

@@ -1,0 +1,1 @@
+"""What must hold of a step graph after every pass."""

@@ -1,0 +1,185 @@
+"""Weights: stored once for all variants, written and read without copies."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cachegraph.errors import ArtifactError
+
+# Bytes. Matrix products round differently on data that is not aligned as torch aligns its own, so
+# a loaded model would not compute bit for bit what the compiled one does.
+_ALIGNMENT = 64
+WEIGHTS_FILE = "weights.safetensors"
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+
+
+def slice_name(name: str, start: int, stop: int) -> str:
+    """The name of rows ``start`` to ``stop`` of a weight, which may be some rows itself."""
+    base, first, _ = _rows(name)
+    return f"{base}[{first + start}:{first + stop}]"
+
+
+def stored_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The weight of a name, or rows of it as a view where the name says so.
+
+    Raises:
+        KeyError: no such weight.
+    """
+    base, start, stop = _rows(name)
+    return weights[base].detach()[start:stop] if stop else weights[name]
+
+
+def is_stored(weights: Mapping[str, Tensor], name: str) -> bool:
+    """True where the name is that of a weight, or of rows of one."""
+    return _rows(name)[0] in weights
+
+
+def add_weight(module: nn.Module, name: str) -> None:
+    """Give a module rows of a weight that it has, under the name that says which."""
+    base, start, stop = _rows(name)
+    path, _, leaf = base.rpartition(".")
+    holder = module.get_submodule(path)
+    rows = getattr(holder, leaf).detach()[start:stop]
+    holder.register_buffer(name.removeprefix(f"{path}."), rows)
+
+
+def _rows(name: str) -> tuple[str, int, int]:
+    """A weight's name and the rows of it; 0 to 0 where it is whole."""
+    match = _SLICE.fullmatch(name)
+    return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 0)
+
+
+def distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights without the names that stand for the same tensor as another one (tied weights).
+
+    Returns:
+        name -> tensor to store, and alias -> name it stands for.
+    """
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for name, tensor in sorted(weights.items()):
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.data_ptr() and key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            stored[name] = tensor
+    return stored, aliases
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whose tensors are aligned, so that they can be mapped into memory.
+
+    safetensors' own writer aligns to 8 bytes. Tensors whose size is no multiple of the alignment
+    come last; a reader that minds has to copy those.
+
+    Args:
+        weights: without aliases; views into the storage of another tensor are fine.
+        path: the file to write.
+
+    Raises:
+        ArtifactError: a weight on the meta device, or of a dtype that the format does not have.
+    """
+    head, starts = _header(weights)
+    with path.open("wb") as file:
+        file.write(head)
+        for name in starts:
+            plain = weights[name].detach().cpu().contiguous().reshape(-1)
+            plain.view(torch.uint8).numpy().tofile(file)
+
+
+def weight_offsets(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> byte in the file of weights where a tensor begins; tied weights share theirs.
+
+    Args:
+        weights: with aliases, as an artifact has them.
+    """
+    stored, aliases = distinct(weights)
+    head, starts = _header(stored)
+    offsets = {name: len(head) + start for name, start in starts.items()}
+    return offsets | {alias: offsets[name] for alias, name in aliases.items()}
+
+
+def place_of(
+    name: str, weights: Mapping[str, Tensor], offsets: Mapping[str, int]
+) -> tuple[int, Tensor]:
+    """Where a weight, or rows of one, begin in the file of weights, and the tensor itself.
+
+    Args:
+        name: of the weight, or of rows of it.
+        weights: with aliases.
+        offsets: from :func:`weight_offsets`.
+    """
+    base, start, _ = _rows(name)
+    whole = weights[base]
+    row = whole[0].nbytes if start else 0
+    return offsets[base] + start * row, stored_weight(weights, name)
+
+
+def _header(weights: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and name -> first byte of each tensor behind it, in order."""
+    ordered = sorted(weights.items(), key=lambda item: (item[1].nbytes % _ALIGNMENT > 0, item[0]))
+    header, starts, end = {}, {}, 0
+    for name, tensor in ordered:
+        if tensor.is_meta or tensor.dtype not in _NAMES:
+            raise ArtifactError(
+                "a weight cannot be written",
+                place=name,
+                expected="a model whose weights are loaded, in a dtype of safetensors",
+                found=f"{tensor.dtype} on {tensor.device}",
+            )
+        start, end = end, end + tensor.nbytes
+        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        starts[name] = start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, starts
+
+
+def load_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """Read a safetensors file; on the CPU the file is mapped into memory.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            "the weights cannot be read",
+            place=str(path),
+            found=str(error),
+            remedy="compile the artifact again",
+        ) from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor

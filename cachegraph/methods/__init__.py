@@ -1,0 +1,1 @@
+"""The published caching methods: what each computes when."""

@@ -1,0 +1,1 @@
+"""A model in; a functional graph of it and its sites out."""

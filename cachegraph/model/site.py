@@ -1,0 +1,131 @@
+"""A site: a region of the traced graph whose outputs can be kept between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+
+from cachegraph.errors import SiteError, nearest
+from cachegraph.spec import SpecText
+
+
+class SiteKind(StrEnum):
+    """What a site computes."""
+
+    ATTN = "attn"  # self or joint attention
+    CROSS_ATTN = "cross_attn"  # keys from another source than the stream
+    MLP = "mlp"
+    STACK = "stack"  # all blocks together; only a policy that skips them whole makes it a site
+
+
+@dataclass(frozen=True)
+class SiteValue:
+    """One output of a site.
+
+    Attributes:
+        node: name of the value's node in the traced graph.
+        spec: shape and dtype, such as ``f32[s0, N, C]``.
+        module: path of the innermost module whose output this value is, or None.
+    """
+
+    node: str
+    spec: SpecText
+    module: str | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site; joint attention has one value per stream.
+
+    Attributes:
+        name: module path such as ``blocks.3.attn``; ``blocks.3:attn`` where no module holds
+            just this region.
+        kind: attention, cross-attention or mlp.
+        values: what is kept, before the gate multiplication.
+        module: path of the module that holds the whole region, or None.
+        source: node of the stream that the site reads and is added to.
+        reader: path of the module that takes the stream, or None.
+        residual: node of that addition; the last of them where there are several values.
+        cores: attention cores among the anchors.
+        anchors: nodes that do the site's main work (attention cores and linears); none of them
+            may be left in a step that reuses the site.
+        fused: one projection serves attention and mlp (single blocks of FLUX).
+        call: which call of the module it is, where one module serves several streams.
+    """
+
+    name: str
+    kind: SiteKind
+    values: tuple[SiteValue, ...]
+    module: str | None
+    anchors: tuple[str, ...]
+    fused: bool = False
+    call: int = 0
+    source: str = ""
+    reader: str | None = None
+    residual: str = ""
+    cores: tuple[str, ...] = ()
+
+
+def select_sites(
+    sites: Sequence[Site],
+    *,
+    kinds: Sequence[str],
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    place: str = "",
+) -> frozenset[str]:
+    """Names of the sites that a schedule speaks of.
+
+    Args:
+        sites: every site of the model.
+        kinds: of the sites to select.
+        include: globs over names; a site must match one.
+        exclude: globs over names; a site must match none.
+        place: where the selection is written, for errors.
+
+    Raises:
+        SiteError: a glob that matches no site, or no site is selected; lists what there is.
+    """
+    for glob in (*include, *exclude):
+        if not any(fnmatchcase(site.name, glob) for site in sites):
+            raise SiteError(
+                f"glob {glob!r} matches no site",
+                place=place,
+                expected=describe(sites),
+                remedy=nearest(glob, [site.name for site in sites]),
+            )
+    chosen = frozenset(
+        site.name
+        for site in sites
+        if site.kind in kinds
+        and any(fnmatchcase(site.name, glob) for glob in include)
+        and not any(fnmatchcase(site.name, glob) for glob in exclude)
+    )
+    if not chosen:
+        raise SiteError(
+            "the schedule selects no site",
+            place=place,
+            expected=describe(sites),
+            found=f"kinds {', '.join(kinds)}",
+        )
+    return chosen
+
+
+def block_of(site: Site) -> str:
+    """The block of a site: ``blocks.3`` of ``blocks.3.attn`` or ``blocks.3:attn@1``."""
+    name = site.name.partition("@")[0]
+    block, colon, _ = name.partition(":")
+    return block if colon else name.rpartition(".")[0]
+
+
+def describe(sites: Sequence[Site]) -> str:
+    """One line about what there is: ``56 sites: blocks.0.attn (attn), ... blocks.27.mlp (mlp)``."""
+    if not sites:
+        return "no sites at all"
+    names = [f"{site.name} ({site.kind})" for site in sites]
+    if len(names) > 6:
+        names = [*names[:3], "...", *names[-2:]]
+    count = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
+    return f"{count}: {', '.join(names)}"

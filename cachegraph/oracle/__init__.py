@@ -1,0 +1,1 @@
+"""The plan by plain Python hooks on the eager model: slow, obvious, for checking."""

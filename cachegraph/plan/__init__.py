@@ -1,0 +1,1 @@
+"""What every step does at every site, resolved before anything runs."""

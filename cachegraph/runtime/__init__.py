@@ -1,0 +1,1 @@
+"""Run compiled step graphs in a sampler; knows nothing of how they were made."""

@@ -1,0 +1,327 @@
+"""Run compiled step graphs in a sampler: sessions, branches, slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from cachegraph.errors import SessionError
+from cachegraph.plan.variant import VALUES
+from cachegraph.spec import TensorSpec, evaluate
+
+from .cuda_graph import Recorder, Replays, plan_launches
+from .known import KnownValues, Prologues, StepFunction
+from .program import Program
+from .tracking import Position, Track, Tracking, checked_timesteps, make_tracking
+
+
+@dataclass
+class _Branch:
+    """The state of one trajectory of cond or uncond calls.
+
+    A call changes it only when it has succeeded, so a failed one can be repeated.
+    """
+
+    known: KnownValues
+    position: Position = field(default_factory=Position)
+    shapes: tuple[tuple[object, ...], ...] = ()
+    values: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    replays: Replays | None = None  # in place of values, where CUDA graphs are used
+
+
+class ModelConfig(dict[str, Any]):
+    """A model's configuration, by key and by attribute, as diffusers pipelines ask for it."""
+
+    def __getattr__(self, name: str) -> Any:
+        """The entry of that name."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Session:
+    """One trajectory being sampled; independent of all others over the same weights.
+
+    Sessions may interleave and may run in threads of their own; one session serves one thread.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._recorder = runner.recorder() if runner.recorder is not None else None
+        self._branches: dict[str, _Branch] = {}
+        self._branch_name = ""
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
+        """Call the model for one step.
+
+        Args:
+            args: as the traced model takes them.
+            step: the step, where the sampler knows it; else it is found from the timestep.
+            kwargs: as the traced model takes them.
+
+        Returns:
+            What the traced model returns.
+
+        Raises:
+            SessionError: the call does not have the traced form, or does not fit the trajectory.
+        """
+        runner = self._runner
+        signature = runner.program.signature
+        inputs = signature.flatten(args, kwargs)
+        branch = self._branches.get(self._branch_name) or _Branch(runner.known_values())
+        self._branches[self._branch_name] = branch
+        position = runner.tracking.locate(branch.position, inputs, step)
+        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
+        if position.step == 0:
+            runner.check_inputs(inputs, self._branch_name)
+            branch.values.clear()
+            if self._recorder is not None and shapes != branch.shapes:
+                branch.replays = runner.replays(self._recorder)
+            branch.known.begin(inputs)
+            branch.shapes, branch.position = shapes, Position(learned=position.learned)
+        elif shapes != branch.shapes:
+            self._refuse_change(branch, shapes, position.step)
+        known = branch.known.at(position.step, inputs)
+        if branch.replays is None:
+            outputs = runner.run_step(position.step, inputs, branch.values, known)
+        else:
+            constants = runner.constants(position.step)
+            outputs = branch.replays.run(position.step, inputs, constants, known)
+        branch.position = position
+        return signature.unflatten(outputs, kwargs.get("return_dict"))
+
+    def reset(self) -> None:
+        """Forget every value and recorded graph, and begin a new trajectory."""
+        self._branches.clear()
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Name the branch that the calls inside belong to, such as ``cond`` or ``uncond``."""
+        before, self._branch_name = self._branch_name, name
+        try:
+            yield
+        finally:
+            self._branch_name = before
+
+    def cache_bytes(self) -> int:
+        """Bytes of the values that are kept now, over all branches."""
+        recorded = sum(b.replays.nbytes for b in self._branches.values() if b.replays is not None)
+        return recorded + sum(t.nbytes for b in self._branches.values() for t in b.values.values())
+
+    def known_bytes(self) -> int:
+        """Bytes of the values known beforehand that are held now, over all branches."""
+        return sum(b.known.nbytes for b in self._branches.values())
+
+    def _refuse_change(
+        self, branch: _Branch, shapes: tuple[tuple[object, ...], ...], step: int
+    ) -> None:
+        names = [name for name, _ in self._runner.program.signature.inputs]
+        for name, before, now in zip(names, branch.shapes, shapes, strict=True):
+            if before != now:
+                raise SessionError(
+                    f"input {name!r} changed in the middle of a trajectory",
+                    place=f"step {step}",
+                    expected=" ".join(map(str, before)),
+                    found=" ".join(map(str, now)),
+                    remedy="begin a new trajectory with the first timestep, or use a session each",
+                )
+
+
+class Runner(nn.Module):
+    """Compiled step graphs, callable as the traced model was.
+
+    Args:
+        program: what the steps do.
+        functions: one compiled graph a variant.
+        weights: name -> tensor, shared by all variants.
+        track: ``timestep`` finds the step of a call from its timestep; ``count`` takes every call
+            for the next step, which spares reading a GPU tensor.
+        prologues: what computes values that are known before a step runs, where there are any.
+        timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
+        recorder: makes what records CUDA graphs for a session; None to call the functions.
+
+    Raises:
+        SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
+
+    Attributes:
+        config: the traced model's configuration (diffusers).
+        functions: one compiled graph a variant.
+        recorder: as given.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        functions: Sequence[StepFunction],
+        weights: Mapping[str, Tensor],
+        track: Track = "timestep",
+        prologues: Prologues | None = None,
+        timesteps: Sequence[float] | None = None,
+        recorder: Callable[[], Recorder] | None = None,
+    ) -> None:
+        super().__init__()
+        if timesteps is not None:
+            times = checked_timesteps(timesteps, len(program.steps), program.ascending)
+            program = replace(program, timesteps=times)
+        self.program = program
+        self.tracking: Tracking = make_tracking(
+            program.signature,
+            len(program.steps),
+            track=track,
+            timesteps=program.timesteps,
+            ascending=program.ascending,
+        )
+        self.config = ModelConfig(program.config)
+        self.functions = tuple(functions)
+        self._prologues = prologues or Prologues()
+        self._weights = dict(weights)
+        first = next(iter(weights.values()))
+        self.device: torch.device = first.device
+        self.dtype: torch.dtype = next(
+            (w.dtype for w in weights.values() if w.is_floating_point()), first.dtype
+        )
+        self._constants = {
+            (step, i): torch.tensor(numbers, dtype=spec.dtype, device=self.device)
+            for step, entry in enumerate(program.steps)
+            for i, (numbers, spec) in enumerate(
+                zip(entry.constants, self._specs(step), strict=True)
+            )
+        }
+        self.recorder = recorder
+        self._launches = plan_launches(program) if recorder is not None else ()
+        self._session = Session(self)
+        self.eval()
+
+    def _specs(self, step: int) -> tuple[TensorSpec, ...]:
+        """Specs of the step constants: the inputs of the step's graph before the known values."""
+        entry = self.program.steps[step]
+        layout = self.program.variants[entry.variant]
+        end = len(layout.inputs) - len(layout.known)
+        return layout.inputs[end - len(entry.constants) : end]
+
+    def forward(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
+        """Call the model for one step of the runner's own session; see :class:`Session`."""
+        return self._session(*args, step=step, **kwargs)
+
+    def extra_repr(self) -> str:
+        """``50 steps, 2 variants, cpu``: what ``repr`` says of it."""
+        return f"{len(self.program.steps)} steps, {len(self.functions)} variants, {self.device}"
+
+    def session(self) -> Session:
+        """An independent trajectory over the same weights."""
+        return Session(self)
+
+    def known_values(self) -> KnownValues:
+        """What is known beforehand of a trajectory that has not begun."""
+        return KnownValues(self.program, self._prologues, self.tracking)
+
+    def reset(self) -> None:
+        """Forget the runner's own trajectory."""
+        self._session.reset()
+
+    def cache_context(self, name: str) -> Any:
+        """Name the branch of the calls inside, as diffusers pipelines do."""
+        return self._session.cache_context(name)
+
+    def cache_bytes(self) -> int:
+        """Bytes that the runner's own session keeps now."""
+        return self._session.cache_bytes()
+
+    def constants(self, step: int) -> list[Tensor]:
+        """The step constants that a step's graph takes, in its order."""
+        return [self._constants[step, i] for i in range(len(self.program.steps[step].constants))]
+
+    def replays(self, recorder: Recorder) -> Replays:
+        """Recorded graphs of a branch that has recorded none."""
+        return Replays(self.program, self._launches, self.functions, recorder)
+
+    def run_step(
+        self,
+        step: int,
+        inputs: Sequence[Tensor],
+        values: dict[tuple[int, int, int], Tensor],
+        known: Sequence[Tensor],
+    ) -> Sequence[Tensor]:
+        """Launch the graph of a step: kept values in, new ones out.
+
+        Args:
+            step: which.
+            inputs: the model's, in graph order.
+            values: (site, value, step that made it) -> tensor; updated.
+            known: values known beforehand.
+
+        Returns:
+            The model's outputs.
+        """
+        entry = self.program.steps[step]
+        layout = self.program.variants[entry.variant]
+        slots = [values[key] for key in entry.slots]
+        outputs = self.functions[entry.variant](*inputs, *slots, *self.constants(step), *known)
+        count = len(self.program.signature.outputs)
+        for (site, value), keep, tensor in zip(
+            layout.writes, entry.keeps, outputs[count:], strict=True
+        ):
+            if keep:
+                values[site, value, step] = tensor
+        freed = set(entry.frees)
+        for key in [k for k in values if (k[0], k[2], min(k[1], VALUES)) in freed]:
+            del values[key]
+        return outputs[:count]
+
+    def check_inputs(self, inputs: Sequence[Tensor], branch: str = "") -> None:
+        """Refuse tensors that the traced graph was not made for.
+
+        Args:
+            inputs: the model's, in graph order.
+            branch: that the call belongs to.
+
+        Raises:
+            SessionError: another dtype, rank, size or device, or half of guidance alone where
+                tokens are chosen by both halves.
+        """
+        if self.program.selection is not None:
+            self.program.selection.check_call(inputs[0].shape[0], branch)
+        sizes: dict[str, int] = {}
+        for (name, spec), tensor in zip(self.program.signature.inputs, inputs, strict=True):
+            for dim, size in zip(spec.shape, tensor.shape, strict=False):
+                if isinstance(dim, str) and dim.isidentifier():
+                    sizes.setdefault(dim, size)
+            if _fits(spec, tensor, sizes) and tensor.device.type == self.device.type:
+                continue
+            raise SessionError(
+                f"input {name!r} does not fit the compiled graphs",
+                expected=f"{spec} on {self.device.type}",
+                found=f"{TensorSpec.of(tensor)} on {tensor.device.type}",
+                remedy=""
+                if self.program.batch
+                else "the batch is fixed: compile with example inputs of this size",
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Accept ``.to(...)`` that changes nothing, which pipelines call; refuse the rest."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.device.type == self.device.type and probe.dtype == self.dtype:
+            return self
+        raise SessionError(
+            "compiled step graphs cannot be moved or cast",
+            expected=f"{self.dtype} on {self.device}",
+            found=f"{probe.dtype} on {probe.device}",
+            remedy="load the artifact there: cachegraph.load(path, device=...)",
+        )
+
+
+def _fits(spec: TensorSpec, tensor: Tensor, sizes: Mapping[str, int]) -> bool:
+    if tensor.dtype != spec.dtype or tensor.ndim != len(spec.shape):
+        return False
+    try:
+        wanted = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape]
+    except KeyError:
+        return False
+    return wanted == list(tensor.shape)

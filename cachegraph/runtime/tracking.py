@@ -1,0 +1,284 @@
+"""Which step a call is: found from the sampler's timestep, never from counting alone."""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from torch import Tensor
+
+from cachegraph.errors import SessionError
+from cachegraph.model.signature import CallSignature
+from cachegraph.spec import TensorSpec
+
+Track = Literal["timestep", "count"]
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "time_step")
+_REPEATED = (
+    "separate cond and uncond calls need run.cache_context('cond'), two images at a time a "
+    "run.session() each, a sampler that repeats timesteps (Heun) track='count' or step="
+)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How the step of a call is found.
+
+    Attributes:
+        steps: model calls per trajectory.
+        input: index of the timestep among the graph's inputs, where one is named like it.
+        counting: a call without ``step=`` is the next step, whatever its timestep.
+        timesteps: the sampler's, one a step, or None to go by their order alone.
+        ascending: time grows along a trajectory.
+    """
+
+    steps: int
+    input: int | None
+    counting: bool = False
+    timesteps: tuple[float, ...] | None = None
+    ascending: bool = False
+
+    def locate(self, position: Position, inputs: Sequence[Tensor], step: int | None) -> Position:
+        """Where the trajectory stands with this call.
+
+        Args:
+            position: where it stood before.
+            inputs: the call's tensors, in graph order.
+            step: what the caller says, or None.
+
+        Raises:
+            SessionError: the call does not fit the trajectory.
+        """
+        time = None
+        if step is not None:
+            step = self._given(step, position)
+        elif self.counting:
+            step = (position.step + 1) % self.steps
+        elif self.input is None:
+            raise SessionError(
+                "no input is named like a timestep",
+                expected=" or ".join(TIMESTEP_NAMES),
+                remedy="load with track='count', or say the step with every call: run(..., step=s)",
+            )
+        else:
+            time = timestep_of(inputs[self.input])
+            step = self._by_time(position, time)
+        if step == 0:
+            if position.step not in (-1, self.steps - 1):
+                warnings.warn(
+                    f"a new trajectory begins though the last one ended after "
+                    f"{position.step + 1} of {self.steps} steps",
+                    stacklevel=4,
+                )
+        elif step != position.step + 1:
+            raise SessionError(
+                f"step {step} is out of order",
+                expected=self._expected(position),
+                remedy=_REPEATED if time is not None and step == position.step else "",
+            )
+        return self._moved(position, step, time)
+
+    def _moved(self, position: Position, step: int, time: float | None) -> Position:
+        """The position after a call; a whole trajectory teaches the timesteps of the next."""
+        times = (*(position.times if step else ()), *(() if time is None else (time,)))
+        learned = position.learned
+        if step == 0 and time is not None and learned and not _near(time, learned[0]):
+            learned = ()  # the sampler was set otherwise
+        return Position(step, time, times, times if len(times) == self.steps else learned)
+
+    def _given(self, step: Any, position: Position) -> int:
+        """A step that the caller says, as a plain number; numpy's are fine."""
+        try:
+            number = -1 if isinstance(step, bool) else operator.index(step)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.steps:
+            raise SessionError(
+                "no such step",
+                expected=f"0 to {self.steps - 1}: the schedule has {self.steps} steps",
+                found=repr(step),
+            )
+        if number and position.step < 0:
+            raise SessionError(
+                f"step {number} is the first call of the trajectory", expected="step 0"
+            )
+        return number
+
+    def _by_time(self, position: Position, time: float) -> int:
+        known = self.timesteps
+        if known is None:
+            return self._by_order(position, time)
+        near = min(range(self.steps), key=lambda s: abs(known[s] - time))
+        if not _near(known[near], time):
+            raise SessionError(
+                f"timestep {time:g} is not one of the schedule's",
+                expected=f"{self._expected(position)}; nearest {known[near]:g}",
+                remedy="set the sampler's in the schedule, or load with timesteps=[...]",
+            )
+        return near
+
+    def _by_order(self, position: Position, time: float) -> int:
+        """By the timesteps of the last whole trajectory, else by whether time goes on."""
+        following, before = position.step + 1, position.time
+        if position.step < 0 or (before is None and following == self.steps):
+            return 0
+        if time == before and position.step > 0 and self.steps > 1:
+            raise SessionError(
+                f"timestep {time:g} is called twice",
+                place=f"step {position.step}",
+                expected=self._expected(position),
+                remedy=_REPEATED,
+            )
+        learned = position.learned if following < self.steps else ()
+        if learned and _near(time, learned[following]):
+            return following
+        if learned and _near(time, learned[0]):
+            return 0
+        if before is not None and not (time > before if self.ascending else time < before):
+            return 0  # time went back: another setting of the sampler
+        if learned:
+            raise SessionError(
+                f"timestep {time:g} is not the next one of the trajectory before",
+                place=f"step {position.step}",
+                expected=self._expected(position),
+                remedy="call reset() if the last image was aborted or the sampler is set "
+                "otherwise now; else load with timesteps=[...], or say the step: run(..., step=s)",
+            )
+        return self._next(position)
+
+    def _next(self, position: Position) -> int:
+        if position.step + 1 >= self.steps:
+            raise SessionError(
+                f"call {position.step + 2} of {self.steps}",
+                expected=f"a trajectory of {self.steps} steps, then a new one",
+                remedy="compile a schedule with the sampler's number of steps, or call reset()",
+            )
+        return position.step + 1
+
+    def _expected(self, position: Position) -> str:
+        following = position.step + 1
+        if following >= self.steps:
+            return "step 0: the trajectory is complete"
+        times = self.timesteps or position.learned
+
+        def shown(step: int) -> str:
+            return f"step {step}" + (f" (timestep {times[step]:g})" if times else "")
+
+        more = f", or {shown(0)} for a new trajectory" if following else ""
+        return shown(following) + more
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a trajectory stands.
+
+    Attributes:
+        step: of the last call; -1 before the first one.
+        time: timestep of the last call, where it was read.
+        times: timesteps of the trajectory's calls that were read.
+        learned: all timesteps of the last trajectory that was whole; empty where there is none or
+            one has begun at another timestep since.
+    """
+
+    step: int = -1
+    time: float | None = None
+    times: tuple[float, ...] = ()
+    learned: tuple[float, ...] = ()
+
+
+def timestep_of(timestep: Tensor) -> float:
+    """The one timestep of a batch; reading it from a GPU waits for the GPU.
+
+    Raises:
+        SessionError: the elements differ, or there is none.
+    """
+    values = set(timestep.detach().reshape(-1).tolist())
+    if len(values) != 1 or not all(map(math.isfinite, values)):
+        raise SessionError(
+            "the step of this call cannot be told from its timestep",
+            expected="one finite timestep for the whole batch",
+            found=", ".join(f"{v:g}" for v in sorted(values)[:4]) or "an empty tensor",
+            remedy="say it: run(..., step=s)",
+        )
+    return float(values.pop())
+
+
+def checked_timesteps(timesteps: Sequence[float], steps: int, ascending: bool) -> tuple[float, ...]:
+    """A sampler's timesteps as plain numbers.
+
+    Args:
+        timesteps: one a step; numbers, or tensors of one element.
+        steps: model calls per trajectory.
+        ascending: whether time has to grow.
+
+    Raises:
+        SessionError: another count, not finite, or they do not fall (or grow).
+    """
+    times = tuple(map(float, timesteps))
+    order = "rise" if ascending else "fall"
+    expected = f"{steps} finite numbers that {order}, one a step"
+    if len(times) != steps:
+        found = str(len(times))
+    elif not all(map(math.isfinite, times)):
+        found = f"{next(t for t in times if not math.isfinite(t))}"
+    else:
+        turns = ((a, b) for a, b in pairwise(times) if not (a < b if ascending else a > b))
+        found = next((f"{b:g} after {a:g}" for a, b in turns), "")
+    if found:
+        raise SessionError(
+            "the timesteps do not fit the schedule",
+            expected=expected,
+            found=found,
+            remedy="give what the sampler passes to the model; the schedule's 'order:' says "
+            "whether they fall or rise; one that repeats them (Heun) needs track='count' or step=",
+        )
+    return times
+
+
+def make_tracking(
+    signature: CallSignature,
+    steps: int,
+    *,
+    track: Track = "timestep",
+    timesteps: tuple[float, ...] | None = None,
+    ascending: bool = False,
+) -> Tracking:
+    """How calls of a traced model find their step.
+
+    Raises:
+        SessionError: ``track`` is unknown, or the model takes whole timesteps and these are not.
+    """
+    if track not in ("timestep", "count"):
+        raise SessionError(
+            "unknown way to track steps", expected="'timestep' or 'count'", found=repr(track)
+        )
+    found = timestep_input(signature)
+    if found is not None:
+        _check_whole(*signature.inputs[found], timesteps or ())
+    return Tracking(steps, found, track == "count", timesteps, ascending)
+
+
+def timestep_input(signature: CallSignature) -> int | None:
+    """Index of the timestep among a model's inputs; None where none is named like it."""
+    names = [name for name, _ in signature.inputs]
+    return next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)
+
+
+def _check_whole(name: str, spec: TensorSpec, timesteps: Sequence[float]) -> None:
+    broken = [t for t in timesteps if abs(t - round(t)) > 1e-4]
+    if broken and not spec.dtype.is_floating_point:
+        raise SessionError(
+            f"input {name!r} takes whole timesteps",
+            expected=str(spec),
+            found=str(broken[0]),
+            remedy="give them as the sampler passes them to the model",
+        )
+
+
+def _near(one: float, other: float) -> bool:
+    """The same timestep, however it was rounded."""
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4)

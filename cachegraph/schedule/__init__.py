@@ -1,0 +1,1 @@
+"""Schedules: what was asked for, and the plan that follows from it for a model."""

@@ -1,0 +1,313 @@
+"""Schedules: what is computed at which step of the sampling loop, as YAML or a dict.
+
+``schedules/README.md`` shows the format by example; the policies are in ``schedule_policies``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    FiniteFloat,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from cachegraph.config.problems import Problem, describe, one_of, refuse, to_schedule_error
+from cachegraph.config.yaml_lines import Source, read_yaml, write_yaml
+from cachegraph.errors import ScheduleError, near, nearest
+from cachegraph.methods.policies import FullPolicy, GOCCorrection, Policy, Section, TaylorSeerPolicy
+from cachegraph.methods.tokens import TokenPolicy
+
+from .calibration import CalibrationData
+
+FORMAT = 1  # the newest file format that can be read
+MAX_STEPS = 100_000
+
+_NEAR = 4  # presets that are listed for a misspelt one
+_PRESETS = Path(__file__).parents[1] / "schedules"
+
+
+class SiteFilter(Section):
+    """Which sites the policy rules; every other site is computed at every step."""
+
+    kinds: tuple[Literal["attn", "cross_attn", "mlp"], ...] = Field(
+        default=("attn", "cross_attn", "mlp"),
+        min_length=1,
+        description="a list of attn, cross_attn, mlp",
+    )
+    include: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=("*",), min_length=1, description="a list of globs over the names of sites"
+    )
+    exclude: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="a list of globs over the names of sites"
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Kinds that are named twice."""
+        for at, kind in enumerate(self.kinds):
+            if kind in self.kinds[:at]:
+                what = f"'kinds[{at}]' repeats an earlier one"
+                yield Problem(("kinds", at), what, "each kind once", kind)
+
+
+class Schedule(Section):
+    """What is computed at which step of a trajectory.
+
+    ``load_schedule`` makes one from a file, preset or dict and explains what is wrong with them;
+    calling the class is for code, and raises pydantic's ValidationError.
+
+    Attributes:
+        cachegraph: version of the format.
+        steps: model calls per trajectory and branch.
+        policy: what is computed when.
+        correction: what is done to reused values, or None.
+        sites: which sites the policy rules.
+        timesteps: the sampler's, one a step in the order of the calls, or None.
+        order: whether timesteps fall or rise along a trajectory.
+        max_variants: the most graphs the plan may need, or None for any number.
+        calibration: what the schedule was made from, or None; it changes nothing.
+    """
+
+    cachegraph: int = Field(
+        ge=1, le=FORMAT, description=f"{FORMAT}, the version of the schedule format"
+    )
+    steps: int = Field(
+        ge=1,
+        le=MAX_STEPS,
+        description=f"a whole number from 1 to {MAX_STEPS}: model calls per trajectory",
+    )
+    policy: Policy = Field(description="a mapping with a method")
+    sites: SiteFilter = Field(
+        default=SiteFilter(), description="a mapping with any of kinds, include, exclude"
+    )
+    timesteps: tuple[FiniteFloat, ...] | None = Field(
+        default=None, description="a list of numbers, one a step"
+    )
+    order: Literal["descending", "ascending"] = Field(
+        default="descending", description="one of ascending, descending"
+    )
+    max_variants: int | None = Field(default=None, ge=1, description="a whole number, at least 1")
+    correction: GOCCorrection | None = Field(default=None, description="a mapping with a method")
+    calibration: CalibrationData | None = Field(
+        default=None, description="a mapping with trajectories and errors"
+    )
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        policy = (_under("policy", one) for one in self.policy.problems(self.steps))
+        sites = (_under("sites", one) for one in self.sites.problems())
+        refuse(
+            "Schedule",
+            [
+                *policy,
+                *self._correction_problems(),
+                *sites,
+                *self._timestep_problems(),
+                *self._calibration_problems(),
+            ],
+        )
+        return self
+
+    def _correction_problems(self) -> Iterator[Problem]:
+        if self.correction is None:
+            return
+        yield from (_under("correction", p) for p in self.correction.problems(self.steps))
+        if isinstance(self.policy, FullPolicy | TaylorSeerPolicy | TokenPolicy):
+            yield Problem(
+                ("correction",),
+                f"a correction of the {self.policy.method} policy",
+                "a policy that reuses: fora, router, smoothcache, table",
+                self.policy.method,
+            )
+
+    def _timestep_problems(self) -> Iterator[Problem]:
+        times = self.timesteps
+        if times is None:
+            return
+        if len(times) != self.steps:
+            expected = f"{self.steps}, one a step"
+            yield Problem(
+                ("timesteps",), "wrong number of timesteps", expected, describe(len(times))
+            )
+        falling = self.order == "descending"
+        for at, (before, here) in enumerate(pairwise(times), start=1):
+            if not (here < before if falling else here > before):
+                other = "ascending" if falling else "descending"
+                turned = all((b > a) if falling else (b < a) for a, b in pairwise(times))
+                bound = f"less than {before:.15g}" if falling else f"more than {before:.15g}"
+                yield Problem(
+                    ("timesteps", at),
+                    f"'timesteps[{at}]' does not fit 'order: {self.order}'",
+                    bound,
+                    f"{here:.15g}",
+                    f"did you mean 'order: {other}'?" if turned else "",
+                )
+                return
+
+    def _calibration_problems(self) -> Iterator[Problem]:
+        if self.calibration is not None:
+            problems = self.calibration.problems(self.steps)
+            yield from (_under("calibration", one) for one in problems)
+
+    def where(self, *path: str | int) -> str:
+        """Where a key stands, for messages: ``path.yaml:17``, or ``schedule: policy.rows[3]``.
+
+        Args:
+            path: the keys that lead to it, such as ``"policy", "rows", 3``; a key that is not in
+                the file (a default) stands where the nearest key around it does.
+        """
+        return self._source.where(path)
+
+    def file(self, name: str, *path: str | int) -> Path:
+        """A file that the schedule names: beside the schedule, else in the current folder.
+
+        Args:
+            name: as written.
+            path: the keys that lead to it, for the error.
+
+        Raises:
+            ScheduleError: no such file.
+        """
+        beside = Path(self._source.file).parent if self._source.file else Path()
+        places = [beside / name, Path(name)]  # an absolute path stays what it is
+        for place in places:
+            if os.path.isfile(place):  # unlike Path.is_file, it takes any name
+                return place
+        if beside.resolve() == _PRESETS.resolve():
+            raise ScheduleError(
+                f"the {self.policy.method} policy reads {name!r}, which presets come without",
+                place=self.where(*path),
+                expected="that file in the current folder",
+                remedy=f"the preset says: {self._whence()}",
+            )
+        raise ScheduleError(
+            f"no file {name!r}",
+            place=self.where(*path),
+            expected=" or ".join(dict.fromkeys(map(str, places))),
+            remedy="put the published file there, or give its path",
+        )
+
+    def _whence(self) -> str:
+        """What the comment on top of a preset says of the repository of its file."""
+        lines = Path(self._source.file).read_text(encoding="utf-8").splitlines()
+        comment = " ".join(line[1:].strip() for line in lines if line.startswith("#"))
+        sentences = re.split(r"\.(?:\s|$)", comment)
+        return next((s for s in sentences if re.search(r"(in|with) \S+ of [\w-]+/\w", s)), comment)
+
+    def digest(self) -> str:
+        """SHA-256 of what the schedule says; equal for equal schedules, wherever they stand."""
+        text = json.dumps(self._contents(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The schedule as YAML, defaults written out; it loads as an equal schedule."""
+        return write_yaml(self._contents())
+
+    def _contents(self) -> dict[str, object]:
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def load_schedule(source: str | Path | Mapping[str, object] | Schedule) -> Schedule:
+    """Reads and checks a schedule.
+
+    Args:
+        source: a file; or the name of a preset; or what would stand in the file, as a mapping; or
+            a Schedule, which is returned as it is. A name is that of a file if it has a suffix or
+            a separator or if such a file exists.
+
+    Raises:
+        ScheduleError: it cannot be read, or something in it is wrong. All misspelt, missing and
+            ill-typed keys are reported at once, a line each; once there are none, all that does
+            not fit together.
+    """
+    match source:
+        case Schedule():
+            return source
+        case Mapping():
+            return _build(_plain(source), Source())
+        case str() | Path():
+            return _build(*_read(_find(str(source))))
+    raise ScheduleError(
+        "not a schedule",
+        expected="a path, a preset, a mapping or a Schedule",
+        found=describe(source),
+    )
+
+
+def presets() -> dict[str, Path]:
+    """The schedules that come with cachegraph, by name and in the order of the names."""
+    paths = {path.stem: path for path in _PRESETS.glob("*.yaml")}
+    return dict(sorted(paths.items()))
+
+
+def _build(data: object, source: Source) -> Schedule:
+    version = data.get("cachegraph") if isinstance(data, Mapping) else None
+    if type(version) is int and version > FORMAT:  # its other keys may well be right
+        raise ScheduleError(
+            "written for a newer cachegraph",
+            place=source.where(("cachegraph",)),
+            expected=f"format {FORMAT}",
+            found=f"format {version}",
+            remedy="update cachegraph",
+        )
+    try:
+        schedule = Schedule.model_validate(data)
+    except ValidationError as error:
+        raise to_schedule_error(error, Schedule, source) from None
+    schedule._source = source
+    return schedule
+
+
+def _find(name: str) -> Path:
+    if "\n" in name:
+        raise ScheduleError(
+            "the text of a schedule instead of its path", expected="a path, a preset or a mapping"
+        )
+    path, known = Path(name), presets()
+    if path.suffix or "/" in name or "\\" in name or os.path.isfile(name):
+        return path
+    if name in known:
+        return known[name]
+    if name and os.path.isdir(name):
+        return path  # reading it says that it is a folder
+    alike = near(name, known)[:_NEAR]
+    listed = f"a preset such as {', '.join(alike)}" if alike else one_of(known)
+    raise ScheduleError(
+        f"unknown preset {name!r}",
+        expected=f"the path of a file or {listed}",
+        remedy=nearest(name, known),
+    )
+
+
+def _read(path: Path) -> tuple[object, Source]:
+    if not os.path.exists(path):  # unlike Path.exists, it takes any name
+        beside = path.parent.glob("*.yaml") if os.path.isdir(path.parent) else ()
+        remedy = nearest(str(path), [*map(str, beside), *presets()])
+        raise ScheduleError("no such file", place=str(path), remedy=remedy)
+    return read_yaml(path)
+
+
+def _plain(value: object) -> object:
+    """Mappings as dicts and lists as tuples, all the way down, as a file would give them."""
+    match value:
+        case Mapping():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return tuple(_plain(item) for item in value)
+    return value
+
+
+def _under(key: str, problem: Problem) -> Problem:
+    return replace(problem, path=(key, *problem.path))

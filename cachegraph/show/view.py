@@ -1,0 +1,209 @@
+"""What there is to see of a compiled loop, whether just built or read from an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from cachegraph.artifact.artifact import Artifact
+from cachegraph.compiler.compile import Build
+from cachegraph.compiler.cost import PlanCost, plan_cost
+from cachegraph.compiler.pipeline import PassReport
+from cachegraph.errors import InputError, nearest
+from cachegraph.graph.binding import Binding
+from cachegraph.graph.step_graph import CONSTANT, SLOT, Stage, StepGraph
+from cachegraph.graph.text import graph_text
+from cachegraph.model.signature import CallSignature
+from cachegraph.model.site import Site
+from cachegraph.plan.action import sources
+from cachegraph.plan.plan import Plan
+from cachegraph.plan.slot import EXTRAS, Slot
+from cachegraph.plan.variant import extra_spec
+
+from .picture import letter, plain_table
+
+
+@dataclass(frozen=True)
+class View:
+    """A plan with its graphs.
+
+    Attributes:
+        plan: what every step does.
+        cost: what a trajectory costs.
+        batch: the symbol that stands for the batch, or None where it is fixed.
+        batch_text: what costs hold for: ``batch 2``.
+        graphs: the lowered graph of each variant.
+        texts: the graphs as text.
+        reports: what each pass did; empty for an artifact.
+    """
+
+    plan: Plan
+    cost: PlanCost
+    batch: str | None
+    batch_text: str
+    graphs: tuple[StepGraph, ...]
+    texts: tuple[str, ...]
+    reports: tuple[PassReport, ...]
+
+    def variant(self, name: str) -> int:
+        """Index of the variant of that name.
+
+        Raises:
+            InputError: there is none.
+        """
+        names = [variant.name for variant in self.plan.variants]
+        if name not in names:
+            raise InputError(
+                f"unknown variant {name!r}",
+                expected=names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
+                remedy=nearest(name, names),
+            )
+        return names.index(name)
+
+
+def view_build(built: Build, batch: int | None = None) -> View:
+    """A view of what was just built.
+
+    Args:
+        built: with its graphs.
+        batch: costs are computed for this batch; None: for that of the example inputs.
+
+    Raises:
+        InputError: the batch is fixed.
+    """
+    traced, cost = built.traced, built.cost
+    if batch is not None:
+        if traced.batch is None:
+            reason = traced.fixed_batch_reason
+            raise InputError(f"--batch: the batch of this model is fixed ({reason})")
+        symbols = {**traced.symbols, traced.batch: batch}
+        cost = plan_cost(built.plan, built.graphs, traced.module, built.weights, symbols)
+    texts = tuple(map(graph_text, built.graphs))
+    said = _batch_text(traced.signature, traced.batch, cost)
+    return View(built.plan, cost, traced.batch, said, built.graphs, texts, built.reports)
+
+
+def view_artifact(artifact: Artifact) -> View:
+    """A view of an artifact; which pass made a node stands in the texts only."""
+    program = artifact.program
+    plan = program.plan
+    graphs = tuple(_step_graph(artifact, plan, index) for index in range(len(plan.variants)))
+    said = _batch_text(program.signature, program.batch, program.cost)
+    return View(plan, program.cost, program.batch, said, graphs, artifact.texts, ())
+
+
+def choices(varying: Sequence[str], disabled: Sequence[str]) -> str:
+    """What was chosen otherwise than usual, behind a heading: ``, varying y, without hoist-known``.
+
+    Args:
+        varying: inputs that were said to differ from step to step.
+        disabled: names of exact optimisations that were left out.
+    """
+    return "".join(
+        f", {word} {', '.join(names)}"
+        for word, names in (("varying", varying), ("without", disabled))
+        if names
+    )
+
+
+def sites_table(sites: Sequence[Site]) -> Table:
+    """One line a site: name, kind, what is kept of it, the module that holds it."""
+    table = plain_table("site", "kind", "values", "module")
+    for site in sites:
+        values = ", ".join(str(value.spec) for value in site.values)
+        table.add_row(site.name, site.kind, values, site.module or "(part of one)")
+    return table
+
+
+def passes_table(reports: Sequence[PassReport]) -> Table:
+    """One line a variant and pass: rewrites, nodes before and after, time."""
+    numbers = ("rewrites", "nodes", "ms")
+    table = plain_table("variant", "pass", *numbers, right=numbers)
+    before = ""
+    for one in reports:
+        nodes = f"{one.nodes[0]} -> {one.nodes[1]}"
+        shown = "" if one.variant == before else one.variant
+        table.add_row(shown, one.pass_name, str(one.rewrites), nodes, f"{one.seconds * 1e3:.0f}")
+        before = one.variant
+    return table
+
+
+def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
+    """The plan as plain data, for ``plan --json``; FLOPs and bytes are whole numbers.
+
+    The FLOPs of a variant are the mean of its steps.
+    """
+    plan, cost = view.plan, view.cost
+    return {
+        "model": model,
+        "schedule": schedule,
+        "steps": plan.steps,
+        "full_steps": plan.full_steps(),
+        "sizes": dict(cost.symbols),
+        "batch": view.batch,
+        "sites": [
+            {
+                "name": site.name,
+                "kind": str(site.kind),
+                "values": [str(value.spec) for value in site.values],
+                "module": site.module,
+            }
+            for site in plan.sites
+        ],
+        "rows": ["".join(map(letter, row)) for row in plan.rows],
+        "variants": [
+            {
+                "name": variant.name,
+                "steps": list(variant.steps),
+                "row": "".join(map(letter, variant.row)),
+                "flops": round(cost.mean_flops(variant.steps)),
+            }
+            for variant in plan.variants
+        ],
+        "flops": list(cost.flops),
+        "total_flops": cost.total_flops,
+        "uncached_flops": cost.full_flops * plan.steps,
+        "speed_up_limit": cost.limit,
+        "cache_bytes": list(cost.cache_bytes),
+        "unfreed_cache_bytes": list(plan.unfreed_bytes(cost.symbols)),
+        "history_depths": list(plan.history_depths()),
+        "peak_cache_bytes": max(cost.cache_bytes),
+        "known_bytes": list(cost.known_bytes),
+        "weight_bytes": cost.weight_bytes,
+        "peak_bytes": max(cost.peak_bytes, default=None),
+    }
+
+
+def _batch_text(signature: CallSignature, batch: str | None, cost: PlanCost) -> str:
+    _, spec = signature.inputs[0]
+    return f"batch {'' if batch else 'fixed at '}{spec.sizes(cost.symbols)[0]}"
+
+
+def _step_graph(artifact: Artifact, plan: Plan, index: int) -> StepGraph:
+    """A variant's graph with its slots and step constants marked again."""
+    program, variant = artifact.program, plan.variants[index]
+    graph = StepGraph(
+        artifact.graphs[index],
+        variant,
+        program.sites,
+        Stage.LOWERED,
+        bindings=(Binding.DYNAMIC,) * len(program.signature.inputs),
+        model_outputs=len(program.signature.outputs),
+    )
+    inputs = graph.inputs[graph.model_inputs :]
+    first = variant.steps[0]
+    slots = program.steps[first].slots
+    for node, (site, value, made) in zip(inputs, slots, strict=False):
+        extra = value in EXTRAS
+        age = 0 if extra else sources(plan.rows[first][site]).index(made)
+        place = program.sites[site]
+        spec = extra_spec(place, value, plan.order_depth) if extra else place.values[value].spec
+        node.meta[SLOT] = Slot(place.name, value, age, spec)
+    constants = {constant.name: constant for constant in variant.constants}
+    for node in inputs[len(slots) :]:
+        if node.name in constants:
+            node.meta[CONSTANT] = constants[node.name]
+    return graph
