@@ -8,7 +8,8 @@ from ._began import BEGAN as BEGAN
 
 if TYPE_CHECKING:
     from .artifact.artifact import Artifact
-    from .compiler.compile import compile, load
+    from .artifact.load import load
+    from .compiler.compile import compile
     from .errors import CachegraphError
     from .oracle.reference import ReferenceRunner
     from .runtime.runner import Runner, Session
@@ -40,7 +41,7 @@ _MODULES = {
     "Schedule": "schedule.schedule",
     "Session": "runtime.runner",
     "compile": "compiler.compile",
-    "load": "compiler.compile",
+    "load": "artifact.load",
     "load_model": "zoo",
     "load_schedule": "schedule.schedule",
     "presets": "schedule.schedule",

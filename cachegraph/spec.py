@@ -7,10 +7,9 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import PlainSerializer, PlainValidator
 
 _SHORT = {
     torch.float32: "f32",
@@ -118,13 +117,6 @@ def _dim(size: object) -> Dim:
     """A size as a number where it is one; torch may know a symbol's value and keep the symbol."""
     text = str(size)
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _from_text(value: object) -> TensorSpec:
-    return value if isinstance(value, TensorSpec) else TensorSpec.parse(str(value))
-
-
-SpecText = Annotated[TensorSpec, PlainValidator(_from_text), PlainSerializer(str)]  # in JSON
 
 
 def evaluate(expression: str, symbols: Mapping[str, int]) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import cachegraph as cg
 from cachegraph.artifact import artifact
-from cachegraph.artifact.artifact import load_artifact
+from cachegraph.artifact.load import load_artifact
 from cachegraph.backends.aoti import backend as aoti
 from cachegraph.backends.aoti import worker as aoti_worker
 from cachegraph.backends.export import export_graph

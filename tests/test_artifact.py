@@ -18,7 +18,8 @@ from torch import Tensor
 
 import cachegraph as cg
 from cachegraph.artifact import artifact
-from cachegraph.artifact.artifact import Artifact, load_artifact
+from cachegraph.artifact.artifact import Artifact
+from cachegraph.artifact.load import load_artifact
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.runtime.runner import Runner
 from tests.models import signed
@@ -238,12 +239,20 @@ def test_a_graph_that_calls_something_forbidden(folder: Path) -> None:
 
 def test_a_program_that_is_none(folder: Path) -> None:
     signed(folder, lambda manifest: manifest["program"].pop("rows"))
-    assert "the manifest does not describe a program; found Field required" in refusal(folder)
+    assert (
+        "the manifest does not describe a program: program.rows; expected this key; found None"
+        in refusal(folder)
+    )
 
 
 def test_a_newer_format_is_told_from_damage(folder: Path) -> None:
     signed(folder, lambda manifest: manifest.update(cachegraph=7))
-    assert "expected format 2; found format 7; update cachegraph" in refusal(folder)
+    assert "expected format 3; found format 7; update cachegraph" in refusal(folder)
+
+
+def test_an_older_format_is_to_be_compiled_again(folder: Path) -> None:
+    signed(folder, lambda manifest: manifest.update(cachegraph=2))
+    assert "expected format 3; found format 2; compile it again" in refusal(folder)
 
 
 # --- saving
@@ -270,7 +279,7 @@ def fails(*_: Any, **__: Any) -> None:
     raise OSError("no space left on device")
 
 
-@pytest.mark.parametrize("part", ["save_weights", "graph_to_json", "_digest"])
+@pytest.mark.parametrize("part", ["save_weights", "graph_to_json", "digest_of"])
 def test_a_failed_save_leaves_all_as_it_was(
     folder: Path, original: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,8 +335,8 @@ def test_an_operation_of_ones_own_runs_but_is_not_written(tmp_path: Path) -> Non
 
 KILLED = """
 import os, signal, sys
-from cachegraph.artifact import artifact
-loaded = artifact.load_artifact(sys.argv[1])
+from cachegraph.artifact import artifact, load
+loaded = load.load_artifact(sys.argv[1])
 before = getattr(artifact, sys.argv[3])
 def killed(*args):
     if sys.argv[3] == "save_weights":
@@ -339,7 +348,7 @@ loaded.save(sys.argv[2])
 
 
 @pytest.mark.parametrize(
-    ("moment", "old"), [("save_weights", False), ("_digest", True)], ids=["early", "late"]
+    ("moment", "old"), [("save_weights", False), ("digest_of", True)], ids=["early", "late"]
 )
 def test_a_killed_process_leaves_nothing_that_loads(
     original: Path, tmp_path: Path, moment: str, old: bool

@@ -46,7 +46,7 @@ def test_a_loop_by_its_names_alone_is_the_runner(made: cg.Artifact) -> None:
     """Steps, slots and constants as the exported loop says them, over the graphs themselves."""
     graphs = named_graphs(made.program, made.graphs)
     prologues = named_prologues(made.program, made.prologues)
-    steps = loop_steps(made.program, graphs, prologues)
+    steps = loop_steps(made.program)
     run, kept, known = cg.load(made), {}, {}
     for number, (step, call) in enumerate(zip(steps, dit_steps(7), strict=True)):
         graph = graphs[step.graph]

@@ -148,7 +148,8 @@ def test_no_graph_is_built_while_a_trajectory_runs(artifact: cg.Artifact, fresh:
 
 @pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=VARIANTS)
 def test_a_lowered_graph_can_be_exported_again(artifact: cg.Artifact, variant: int) -> None:
-    graph, specs = artifact.graphs[variant], artifact.program.variants[variant].inputs
+    graph = artifact.graphs[variant]
+    specs = [port.spec for port in artifact.program.variants[variant].interface.inputs]
     inputs = calls_of_variants(artifact, 2)[variant]
     assert [TensorSpec.of(t).dtype for t in inputs] == [spec.dtype for spec in specs]
     batch = torch.export.Dim("batch", min=2, max=64)

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 import cachegraph as cg
 from cachegraph.errors import BackendError, InputError
+from cachegraph.graph.interface import Interface, Port, Role
 from cachegraph.model.trace import TracedModel, trace
-from cachegraph.plan.variant import VALUES
 from cachegraph.runtime import cuda_graph
 from cachegraph.runtime.cuda_graph import Recorder, plan_launches
 from cachegraph.runtime.known import Prologues
-from cachegraph.runtime.program import Step, VariantLayout
+from cachegraph.runtime.program import Made, Step, VariantLayout
+from cachegraph.spec import TensorSpec
 from tests.models import (
     Call,
     compile_traced,
@@ -39,6 +40,7 @@ from tests.models import (
 from tests.test_sessions import FailsAt
 
 STEPS = 13
+SPEC = TensorSpec((2, 4), torch.float32)
 POLICIES: dict[str, dict[str, Any]] = {
     "fora": {"policy": {"method": "fora", "interval": 3}},
     "taylorseer": {"policy": {"method": "taylorseer", "interval": 3, "order": 2, "warmup": 2}},
@@ -171,8 +173,8 @@ def test_values_of_the_request_change_with_the_image() -> None:
     x, t = torch.randn(2, 4, 8, 8), torch.full((2,), 900)
     captions = [torch.randn(2, 1, 5, 16) for _ in range(2)]
     compiled = cg.compile(model, SCHEDULES["fora"], (x, t, captions[0]), backend="eager")
-    known = [index for layout in compiled.program.variants for index in layout.known]
-    assert any(index is not None for index in known)
+    known = [port for layout in compiled.program.variants for port in layout.interface.known]
+    assert any(port.role is Role.REQUEST for port in known)
     plain, run = cg.load(compiled), recording(compiled)
     for text in captions:
         calls = [(x + step, t - 15 * step, text) for step in range(STEPS)]
@@ -186,25 +188,35 @@ def test_values_of_the_request_change_with_the_image() -> None:
 def programs(draw: st.DrawFn) -> Any:
     """Steps that write some of two slots and read any earlier values; no graphs."""
     writes = draw(st.lists(st.lists(st.booleans(), min_size=2, max_size=2), max_size=8))
-    written = [{(site, 0) for site in (0, 1) if row[site]} for row in writes]
-    steps, made = len(writes), set[tuple[int, int, int]]()
+    written = [[slot for slot, wanted in zip("ab", row, strict=True) if wanted] for row in writes]
+    steps, made = len(writes), set[Made]()
     reads = []
     for step, row in enumerate(written):
         reads.append(tuple(draw(st.sets(st.sampled_from(sorted(made)))) if made else ()))
-        made |= {(*slot, step) for slot in row}
+        made |= {(slot, step) for slot in row}
     last = {key: max((s for s in range(steps) if key in reads[s]), default=-1) for key in made}
-    layouts = tuple(VariantLayout("", (), tuple(sorted(row))) for row in written)
-    rows = [
-        Step(
-            variant=step,
-            slots=reads[step],
-            constants=(),
-            keeps=tuple(last[*slot, step] > step for slot in layouts[step].writes),
-            frees=tuple((k[0], k[2], VALUES) for k in made if last[k] == step),
+    layouts, rows = [], []
+    for step, row in enumerate(written):
+        named = {f"in{i}": key for i, key in enumerate(reads[step])}
+        inputs = tuple(Port(name, SPEC, Role.SLOT, slot) for name, (slot, _) in named.items())
+        outputs = tuple(Port(f"out_{slot}", SPEC, Role.WRITE, slot) for slot in row)
+        layouts.append(VariantLayout("", Interface(inputs, outputs)))
+        rows.append(
+            Step(
+                variant=step,
+                slots={name: number for name, (_, number) in named.items()},
+                constants={},
+                keeps=frozenset(f"out_{slot}" for slot in row if last[slot, step] > step),
+                frees=tuple(key for key in made if last[key] == step),
+            )
         )
-        for step in range(steps)
-    ]
-    return SimpleNamespace(steps=tuple(rows), variants=layouts)
+    return SimpleNamespace(
+        steps=tuple(rows), variants=tuple(layouts), layout=lambda step: layouts[step]
+    )
+
+
+def written_by(program: Any, step: int) -> list[str]:
+    return [port.of for port in program.layout(step).interface.writes]
 
 
 def assert_reads_what_is_meant(program: Any) -> set[Any]:
@@ -213,9 +225,10 @@ def assert_reads_what_is_meant(program: Any) -> set[Any]:
     for number, (step, launch) in enumerate(
         zip(program.steps, plan_launches(program), strict=True)
     ):
-        assert tuple(holds[place] for place in launch.reads) == step.slots
-        writes = program.variants[step.variant].writes
-        holds |= {(*slot, 0): (*slot, number) for slot in writes}
+        slots = program.layout(number).interface.slots
+        meant = [(port.of, step.slots[port.name]) for port in slots]
+        assert [holds[place] for place in launch.reads] == meant
+        holds |= {(slot, 0): (slot, number) for slot in written_by(program, number)}
         for source, target in launch.moves:
             holds[target] = holds[source]
     return set(holds)
@@ -226,13 +239,12 @@ def test_every_step_finds_the_values_that_it_means(program: Any) -> None:
     used = assert_reads_what_is_meant(program)
     alive, most = set[Any](), 1
     for number, step in enumerate(program.steps):
-        writes = program.variants[step.variant].writes
-        for site, value in writes:
-            most = max(most, 1 + sum(key[:2] == (site, value) for key in alive))
-        freed = {(site, 0, made) for site, made, _ in step.frees}
-        alive = alive | {(*s, number) for s, k in zip(writes, step.keeps, strict=True) if k}
-        alive -= freed
-    assert all(number < most for _, _, number in used)
+        for slot in written_by(program, number):
+            most = max(most, 1 + sum(key[0] == slot for key in alive))
+        writes = program.layout(number).interface.writes
+        alive = alive | {(port.of, number) for port in writes if port.name in step.keeps}
+        alive -= set(step.frees)
+    assert all(number < most for _, number in used)
 
 
 @pytest.mark.parametrize(

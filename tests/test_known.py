@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import cachegraph as cg
+from cachegraph.graph.interface import Role
 from cachegraph.model.trace import trace
 from cachegraph.runtime.known import Prologues
 from cachegraph.runtime.tracking import Track
@@ -352,8 +353,8 @@ def test_bytes_held_are_those_predicted(compiled: Compiled, batch: int) -> None:
         layout = artifact.program.variants[variant]
 
         def call(*tensors: Tensor) -> Any:
-            known = tensors[len(tensors) - len(layout.known) :]
-            own = [t for t, i in zip(known, layout.known, strict=True) if i is None]
+            ports = layout.interface.inputs
+            own = [t for t, p in zip(tensors, ports, strict=True) if p.role is Role.STEP]
             rows.append(sum(t.nbytes for t in own))
             held.append(session.known_bytes() + rows[-1])
             return artifact.graphs[variant](*tensors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import cachegraph as cg
+from cachegraph.graph.interface import Role
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.runtime.known import Prologues
 from tests.models import (
@@ -168,9 +169,8 @@ def test_what_is_known_leaves_the_steps(case: Case) -> None:
         for part in parts[case.name].split():
             assert [name for name in made if part in name], part
             assert not [name for name in left if part in name], part
-    layout = artifact.program.variants[0]
-    specs = layout.inputs[len(layout.inputs) - len(layout.known) :]
-    by_request = [s for s, i in zip(specs, layout.known, strict=True) if i is not None]
+    known = artifact.program.variants[0].interface.known
+    by_request = [port.spec for port in known if port.role is Role.REQUEST]
     tables = [spec for spec in by_request if all(isinstance(size, int) for size in spec.shape)]
     assert len(tables) == ROTARY.get(case.name, 0)
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import cachegraph as cg
-from cachegraph.artifact.artifact import load_artifact
+from cachegraph.artifact.load import load_artifact
 from cachegraph.backends.named import NamedGraph, named_graphs
 from cachegraph.errors import BackendError
 from cachegraph.graph.weights import stored_weight

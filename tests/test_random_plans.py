@@ -18,11 +18,11 @@ import cachegraph as cg
 from cachegraph.compiler import pipeline
 from cachegraph.compiler.cost import PlanCost
 from cachegraph.compiler.pipeline import module_weights, rewrite
+from cachegraph.compiler.program import make_program, named_prologues
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.plan.action import Action, Compute, Forecast, Reuse, Row, makes_value
 from cachegraph.plan.plan import Plan, make_plan
-from cachegraph.runtime.known import Prologues, named_prologues
-from cachegraph.runtime.program import make_program
+from cachegraph.runtime.known import Prologues
 from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.schedule import load_schedule
 from tests.models import fill_random, full, one_thread, relative_error  # noqa: F401

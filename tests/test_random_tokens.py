@@ -18,14 +18,14 @@ import cachegraph as cg
 from cachegraph.compiler import pipeline
 from cachegraph.compiler.cost import PlanCost
 from cachegraph.compiler.pipeline import module_weights, rewrite
+from cachegraph.compiler.program import make_program, named_prologues
 from cachegraph.errors import SessionError
 from cachegraph.model.shapes import Shapes
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.plan.action import Action, Compute, Refresh, Reuse, Row
 from cachegraph.plan.plan import Plan, make_plan
 from cachegraph.plan.selection import Score, Selection
-from cachegraph.runtime.known import Prologues, named_prologues
-from cachegraph.runtime.program import make_program
+from cachegraph.runtime.known import Prologues
 from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.schedule import load_schedule
 from tests.models import fill_random, full, one_thread, relative_error  # noqa: F401

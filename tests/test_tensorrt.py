@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import cachegraph as cg
-from cachegraph.artifact.artifact import load_artifact
+from cachegraph.artifact.load import load_artifact
 from cachegraph.backends import get_backend
 from cachegraph.backends.named import NamedGraph, named_graphs
 from cachegraph.backends.onnx import backend as onnx_backend

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cachegraph as cg
-from cachegraph.artifact.artifact import load_artifact
+from cachegraph.artifact.load import load_artifact
 from cachegraph.backends.named import NamedGraph, named_graphs
 from cachegraph.backends.tensorrt.backend import TensorRT
 from cachegraph.errors import BackendError

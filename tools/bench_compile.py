@@ -33,7 +33,7 @@ LOAD = """
 import json, sys, time
 import torch
 from cachegraph import load
-from cachegraph.artifact.artifact import load_artifact
+from cachegraph.artifact.load import load_artifact
 from cachegraph.backends.named import named_graphs
 def resident():  # bytes of the weights' file, mapped however often, and of no file
     found, name = {True: 0, False: 0}, ""

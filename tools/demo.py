@@ -25,7 +25,8 @@ from torch import Tensor
 
 import cachegraph as cg
 from cachegraph import BEGAN
-from cachegraph.artifact.artifact import Artifact, is_made_from, load_artifact
+from cachegraph.artifact.artifact import Artifact
+from cachegraph.artifact.load import is_made_from, load_artifact
 from cachegraph.artifact.origin import find_origin
 from cachegraph.compiler.sources import model_files
 from cachegraph.folders import cache_folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from cachegraph.backends.onnx.backend import Onnx
 from cachegraph.folders import refuse_foreign, written_whole
 from cachegraph.graph.weights import WEIGHTS_FILE, distinct, save_weights
 from cachegraph.runtime.known import REQUEST, prologue_name
-from cachegraph.runtime.program import Program
+from cachegraph.runtime.program import Made, Program
 
 from .artifact import Artifact
 
@@ -59,49 +59,29 @@ class LoopStep:
     free: tuple[Source, ...]
 
 
-def loop_steps(
-    program: Program, graphs: Mapping[str, NamedGraph], prologues: Collection[str]
-) -> tuple[LoopStep, ...]:
-    """What every step takes and hands out, by name.
-
-    Args:
-        program: the compiled loop.
-        graphs: its graphs by name.
-        prologues: names of the graphs of what is known beforehand.
-    """
-    model_inputs, model_outputs = len(program.signature.inputs), len(program.signature.outputs)
-    made: dict[tuple[int, int, int], str] = {}
+def loop_steps(program: Program) -> tuple[LoopStep, ...]:
+    """What every step takes and hands out, by name."""
+    made: dict[Made, str] = {}  # what was made -> the output that handed it out
     slots: list[dict[str, Source]] = []
     for step, entry in enumerate(program.steps):
-        layout = program.variants[entry.variant]
-        graph = graphs[layout.name]
-        names = list(graph.inputs)[model_inputs : model_inputs + len(entry.slots)]
-        slots.append(
-            {name: Source(key[2], made[key]) for name, key in zip(names, entry.slots, strict=True)}
-        )
-        writes = list(graph.outputs)[model_outputs:]
-        for (site, value), name in zip(layout.writes, writes, strict=True):
-            made[site, value, step] = name
+        interface = program.layout(step).interface
+        sources = {port.name: (port.of, entry.slots[port.name]) for port in interface.slots}
+        slots.append({name: Source(key[1], made[key]) for name, key in sources.items()})
+        made.update({(port.of, step): port.name for port in interface.writes})
     last = {source: step for step, taken in enumerate(slots) for source in taken.values()}
     found = []
     for step, (entry, taken) in enumerate(zip(program.steps, slots, strict=True)):
-        name = program.variants[entry.variant].name
-        inputs = list(graphs[name].inputs)
-        known = program.variants[entry.variant].known
-        end = len(inputs) - len(known)
-        constants = inputs[end - len(entry.constants) : end]
-        before = [
-            *([REQUEST] if step == 0 else []),
-            *([prologue_name(name)] if None in known else []),
-        ]
+        layout = program.layout(step)
+        own = [prologue_name(layout.name)] if layout.prologue is not None else []
+        request = [REQUEST] if step == 0 and program.request is not None else []
         found.append(
             LoopStep(
-                name,
+                layout.name,
                 taken,
-                dict(zip(constants, entry.constants, strict=True)),
-                tuple(name for name in before if name in prologues),
-                tuple(inputs[end:]),
-                tuple(o for o in graphs[name].outputs if Source(step, o) in last),
+                entry.constants,
+                (*request, *own),
+                tuple(port.name for port in layout.interface.known),
+                tuple(p.name for p in layout.interface.writes if Source(step, p.name) in last),
                 tuple(source for source, end in last.items() if end == step),
             )
         )
@@ -125,7 +105,7 @@ def export_onnx(artifact: Artifact, path: str | Path, progress: Progress) -> Pat
     artifact.compile_ahead("onnx", progress)
     graphs = named_graphs(artifact.program, artifact.graphs)
     prologues = named_prologues(artifact.program, artifact.prologues)
-    steps = loop_steps(artifact.program, graphs, prologues)
+    steps = loop_steps(artifact.program)
     with written_whole(target) as folder:
         for name in graphs:
             shutil.copy(artifact.compiled_folder("onnx") / f"{name}.onnx", folder)

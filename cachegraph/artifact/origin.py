@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from cachegraph._began import BEGAN
 from cachegraph.backends.aoti.backend import compiler_settings
-from cachegraph.schedule.schedule import Schedule
+
+if TYPE_CHECKING:
+    from cachegraph.schedule.schedule import Schedule
 
 _PACKAGE = Path(__file__).parents[1]
 _PIECE = 2**24  # bytes of a file that one thread reads at a time

@@ -8,14 +8,15 @@ how many tokens the step constant ``tokens0`` lists.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 from torch import Tensor, fx
 
-from cachegraph.graph.serialise import SPEC
+from cachegraph.graph.interface import Interface, Port
 from cachegraph.lazy import LazyMapping
-from cachegraph.plan.slot import Slot
+from cachegraph.runtime.known import REQUEST, prologue_name
 from cachegraph.runtime.program import Program
 from cachegraph.spec import TensorSpec
 
@@ -28,17 +29,25 @@ class NamedGraph:
 
     Attributes:
         module: lowered graph; its weights are attributes under the names of the weight store.
-        inputs: name -> spec, in the order of the graph's inputs: the model's, slots that are read,
-            step constants, known values. A symbolic size is an expression in the keys of ``sizes``.
-        outputs: name -> spec, in the order of the graph's outputs: the model's, then writes.
+        interface: what it takes and returns. A symbolic size is an expression in the keys of
+            ``sizes``.
         sizes: name of a varying size -> every value that it is known to take, the largest first.
             Of the batch only the traced one is known.
     """
 
     module: fx.GraphModule
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
+    interface: Interface
     sizes: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Name -> spec, in the order of the graph's inputs."""
+        return {port.name: port.spec for port in self.interface.inputs}
+
+    @cached_property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """Name -> spec, in the order of the graph's outputs."""
+        return {port.name: port.spec for port in self.interface.outputs}
 
     def example_sizes(self) -> dict[str, int]:
         """The largest known value of every varying size, but 2 at least: see ``export_graph``."""
@@ -48,8 +57,8 @@ class NamedGraph:
         """What the varying sizes are in a call with these inputs."""
         return {
             dim: size
-            for spec, tensor in zip(self.inputs.values(), tensors, strict=True)
-            for dim, size in zip(spec.shape, tensor.shape, strict=True)
+            for port, tensor in zip(self.interface.inputs, tensors, strict=True)
+            for dim, size in zip(port.spec.shape, tensor.shape, strict=True)
             if isinstance(dim, str) and dim.isidentifier()
         }
 
@@ -62,24 +71,13 @@ def named_graphs(program: Program, graphs: Sequence[fx.GraphModule]) -> Mapping[
         graphs: one a variant, lowered.
     """
     indices = {layout.name: index for index, layout in enumerate(program.variants)}
-    return LazyMapping(indices, lambda name: _named(program, indices[name], graphs[indices[name]]))
 
+    def make(name: str) -> NamedGraph:
+        index = indices[name]
+        sizes = _sizes(program, index)
+        return _named(program, graphs[index], program.variants[index].interface, sizes)
 
-def _named(program: Program, variant: int, module: fx.GraphModule) -> NamedGraph:
-    placeholders = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
-    inputs = dict(zip(placeholders, program.variants[variant].inputs, strict=True))
-    sizes = _sizes(program, variant, inputs)
-    labels = _labels(program, inputs, sizes)
-    names = _output_names(program, variant, inputs)
-    return NamedGraph(
-        module,
-        {name: spec.renamed(labels) for name, spec in inputs.items()},
-        {
-            name: _spec_of(node).renamed(labels)
-            for name, node in zip(names, _returned(module), strict=True)
-        },
-        {labels.get(symbol, symbol): values for symbol, values in sizes.items()},
-    )
+    return LazyMapping(indices, make)
 
 
 def named_prologues(
@@ -91,87 +89,55 @@ def named_prologues(
         program: says how the model is called.
         modules: by name, over the model's inputs.
     """
+    own = {prologue_name(v.name): v.prologue for v in program.variants}
+    interfaces = {REQUEST: program.request, **own}
     found = {}
-    labels = {program.batch: BATCH} if program.batch else {}
     for name, module in modules.items():
-        placeholders = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
-        specs = [spec for _, spec in program.signature.inputs]
-        symbols = set().union(*(spec.symbols() for spec in specs))
-        returned: dict[str, fx.Node] = {}
-        for node in _returned(module):
-            value: Any = node.args[0]
-            returned[f"known_{value.name}"] = node
-        found[name] = NamedGraph(
-            module,
-            {k: s.renamed(labels) for k, s in zip(placeholders, specs, strict=True)},
-            {key: _spec_of(node).renamed(labels) for key, node in returned.items()},
-            {labels.get(s, s): (size,) for s, size in program.symbols.items() if s in symbols},
-        )
+        interface = interfaces[name]
+        if interface is not None:
+            sizes = {s: (program.symbols[s],) for s in _symbols(interface) & {*program.symbols}}
+            found[name] = _named(program, module, interface, sizes)
     return found
 
 
-def _sizes(
-    program: Program, variant: int, inputs: Mapping[str, TensorSpec]
-) -> dict[str, tuple[int, ...]]:
+def _named(
+    program: Program,
+    module: fx.GraphModule,
+    interface: Interface,
+    sizes: Mapping[str, tuple[int, ...]],
+) -> NamedGraph:
+    """The graph with its varying sizes called as a reader knows them."""
+    labels = {program.batch: BATCH} if program.batch else {}
+    for port in interface.constants:
+        for dim in port.spec.shape:
+            if isinstance(dim, str) and dim in sizes and dim not in program.symbols:
+                labels.setdefault(dim, f"k_{port.name}")
+
+    def renamed(ports: Sequence[Port]) -> tuple[Port, ...]:
+        return tuple(replace(port, spec=port.spec.renamed(labels)) for port in ports)
+
+    return NamedGraph(
+        module,
+        Interface(renamed(interface.inputs), renamed(interface.outputs)),
+        {labels.get(symbol, symbol): values for symbol, values in sizes.items()},
+    )
+
+
+def _symbols(interface: Interface) -> set[str]:
+    return {symbol for port in interface.inputs for symbol in port.spec.symbols()}
+
+
+def _sizes(program: Program, variant: int) -> dict[str, tuple[int, ...]]:
     """Values of every symbol: as traced, or as the step constants of the variant's steps say."""
-    specs = list(inputs.values())
-    symbols = set().union(*(spec.symbols() for spec in specs))
+    interface = program.variants[variant].interface
+    symbols = _symbols(interface)
     found = {s: {size} for s, size in program.symbols.items() if s in symbols}
     for entry in program.steps:
         if entry.variant != variant:
             continue
-        end = len(specs) - len(program.variants[variant].known)
-        constants = specs[end - len(entry.constants) : end]
-        for numbers, spec in zip(entry.constants, constants, strict=True):
-            for dim, size in zip(spec.shape, _shape(numbers), strict=True):
+        for port in interface.constants:
+            shape = np.shape(entry.constants[port.name])
+            for dim, size in zip(port.spec.shape, shape, strict=True):
                 if isinstance(dim, str):
                     found.setdefault(dim, set()).add(size)
     return {symbol: tuple(sorted(values, reverse=True)) for symbol, values in found.items()}
-
-
-def _shape(numbers: Any) -> tuple[int, ...]:
-    if not isinstance(numbers, list | tuple):
-        return ()
-    return (len(numbers), *(_shape(numbers[0]) if numbers else ()))
-
-
-def _labels(
-    program: Program, inputs: Mapping[str, TensorSpec], sizes: Mapping[str, Any]
-) -> dict[str, str]:
-    """Symbol -> the name that a reader knows it by."""
-    labels = {program.batch: BATCH} if program.batch else {}
-    for name, spec in inputs.items():
-        for dim in spec.shape:
-            if isinstance(dim, str) and dim in sizes and dim not in program.symbols:
-                labels.setdefault(dim, f"k_{name}")
-    return labels
-
-
-def _output_names(program: Program, variant: int, inputs: Mapping[str, TensorSpec]) -> list[str]:
-    """``out`` (``out0`` and so on where there are several), ``write_blocks_3_attn_0``."""
-    count = len(program.signature.outputs)
-    wanted = ["out"] if count == 1 else [f"out{i}" for i in range(count)]
-    for site, value in program.variants[variant].writes:
-        slot = Slot(program.sites[site].name, value, 0, program.sites[site].values[0].spec)
-        wanted.append(f"write_{slot.label}")
-    taken = set(inputs)
-    unique = []
-    for name in wanted:
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        unique.append(name)
-    return unique
-
-
-def _returned(module: fx.GraphModule) -> tuple[fx.Node, ...]:
-    [output] = module.graph.find_nodes(op="output")
-    nodes: Any = output.args[0]
-    return tuple(nodes)
-
-
-def _spec_of(node: fx.Node) -> TensorSpec:
-    """Of a node in memory, or of one that was read from an artifact."""
-    if "val" in node.meta:
-        return TensorSpec.of(node.meta["val"])
-    return TensorSpec.parse(node.meta[SPEC])

@@ -42,7 +42,7 @@ def without_choice(artifact: Artifact, graphs: Sequence[StepGraph]) -> list[Step
     chosen = get_backend(artifact.backend)
     bare = {g.variant.name: module for g in graphs if (module := _bare(g)) is not None}
     if not isinstance(chosen, AheadOfTime):
-        inputs = {layout.name: layout.inputs for layout in artifact.program.variants}
+        inputs = {v.name: [p.spec for p in v.interface.inputs] for v in artifact.program.variants}
         loaded = {name: chosen.load(module, inputs[name]) for name, module in bare.items()}
     elif bare:
         loaded = _compiled(chosen, artifact, bare)

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from cachegraph.backends import get_backend
 from cachegraph.compiler.compile import Build, assemble, build
 from cachegraph.compiler.cost import moved_bytes, token_sizes
+from cachegraph.graph.interface import Port
 from cachegraph.model.trace import TracedModel
 from cachegraph.oracle.reference import ReferenceRunner
 from cachegraph.oracle.trial import calls, times
 from cachegraph.passes import OPTIONAL
 from cachegraph.plan.plan import Plan
 from cachegraph.runtime.known import StepFunction
+from cachegraph.runtime.program import Made
 from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.schedule import Schedule, load_schedule
-from cachegraph.spec import TensorSpec
 
 from .choice import without_choice
 from .memory import compiled_memory, model_memory
@@ -40,12 +41,12 @@ class _Inputs:
     kwargs: Mapping[str, Any]
     symbols: Mapping[str, int]
     device: torch.device
-    kept: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    kept: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def value(self, site: int, part: int, age: int, spec: TensorSpec) -> Tensor:
+    def value(self, slot: Port) -> Tensor:
         """Random numbers or, for whole numbers, an order of tokens; a tensor of its own a slot."""
-        key = site, part, age
+        key, spec = (slot.of, slot.age), slot.spec
         sizes = spec.sizes(self.symbols)
         if key not in self.kept or self.kept[key].shape != sizes:
             noise = torch.randn(sizes, generator=self.generator)
@@ -172,16 +173,11 @@ class _Compiled(Contestant):
     def sampled(self) -> Callable[..., Any]:
         return self.runner.session()
 
-    def _values(self, step: int) -> dict[tuple[int, int, int], Tensor]:
+    def _values(self, step: int) -> dict[Made, Tensor]:
         program = self.runner.program
-        entry = program.steps[step]
-        specs = program.variants[entry.variant].inputs[len(program.signature.inputs) :]
-        ages: dict[tuple[int, int], int] = {}
-        values = {}
-        for (site, part, made), spec in zip(entry.slots, specs, strict=False):
-            age = ages[site, part] = ages.get((site, part), -1) + 1
-            values[site, part, made] = self.inputs.value(site, part, age, spec)
-        return values
+        made = program.steps[step].slots
+        slots = program.layout(step).interface.slots
+        return {(slot.of, made[slot.name]): self.inputs.value(slot) for slot in slots}
 
 
 class _Uncached(Contestant):

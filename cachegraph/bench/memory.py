@@ -18,7 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from cachegraph.backends import get_backend
 from cachegraph.compiler.compile import Build
 from cachegraph.compiler.cost import known_bytes, predict_peaks, storages, working_bytes
+from cachegraph.graph.interface import Role
 from cachegraph.runtime.known import StepFunction
+from cachegraph.runtime.program import Made
 from cachegraph.runtime.runner import Runner
 
 from .result import Compared, Memory
@@ -69,7 +71,7 @@ def compiled_memory(
     backend: str,
     runner: Runner,
     at: Callable[[int], Sequence[Tensor]],
-    values: Callable[[int], dict[tuple[int, int, int], Tensor]],
+    values: Callable[[int], dict[Made, Tensor]],
     points: Sequence[int],
     times: Sequence[float],
 ) -> Memory:
@@ -93,13 +95,13 @@ def compiled_memory(
             before[step] = held + rise
         else:
             row = compute()
-        layout = runner.program.variants[variant]
-        own = [t for t, index in zip(row, layout.known, strict=True) if index is None]
+        ports = runner.program.layout(step).interface.known
+        own = [t for t, port in zip(row, ports, strict=True) if port.role is Role.STEP]
         tables[step] = known.nbytes + _nbytes(own)
         if step in points:
             run = partial(watched.run_step, step, at(step), values(step), row)
             work[variant] = max(work[variant], allocated(device, run)[0])
-    slots, kept = [0], dict[tuple[int, int, int], Tensor]()
+    slots, kept = [0], dict[Made, Tensor]()
     replayed = Runner(runner.program, [v.replay for v in variants], built.weights)
     for step in range(plan.steps):
         replayed.run_step(step, (), kept, ())

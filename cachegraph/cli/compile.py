@@ -58,7 +58,7 @@ def compile_model(
     force: ForceOption = False,
 ) -> None:
     """Compile a model's denoising loop under a schedule and write it as an artifact."""
-    from cachegraph.artifact.artifact import is_made_from, load_artifact
+    from cachegraph.artifact.load import is_made_from, load_artifact
     from cachegraph.artifact.origin import find_origin
     from cachegraph.backends import get_backend
     from cachegraph.compiler.sources import model_files, open_model
@@ -141,7 +141,7 @@ def verify(
     seed: SeedOption = 0,
 ) -> None:
     """Compare an artifact with the model under plain Python hooks, on random inputs."""
-    from cachegraph.artifact.artifact import load_artifact
+    from cachegraph.artifact.load import load_artifact
     from cachegraph.compiler.sources import open_model
     from cachegraph.oracle.trial import compare, reference_of
     from cachegraph.show.picture import plain_table
@@ -174,7 +174,7 @@ def verify(
 
 def _refuse_overwrite(target: Path | None) -> None:
     """As saving would, but before the work."""
-    from cachegraph.artifact.artifact import MANIFEST
+    from cachegraph.artifact.manifest import MANIFEST
     from cachegraph.folders import refuse_foreign
 
     if target is not None:

@@ -25,8 +25,8 @@ def export(
     to: Annotated[str, typer.Option(help="Format of the graphs: onnx.")] = "onnx",
 ) -> None:
     """Write an artifact's graphs, weights and loop, so that any runtime can sample with them."""
-    from cachegraph.artifact.artifact import load_artifact
     from cachegraph.artifact.bundle import LOOP, export_onnx
+    from cachegraph.artifact.load import load_artifact
     from cachegraph.show.picture import size
 
     if to not in _FORMATS:

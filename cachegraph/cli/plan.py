@@ -227,7 +227,7 @@ def _needed(schedule: str | None, model: str) -> str:
 
 def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
     """An artifact and what to call it; it goes with no option for models."""
-    from cachegraph.artifact.artifact import load_artifact
+    from cachegraph.artifact.load import load_artifact
     from cachegraph.show.view import choices, view_artifact
 
     if options:

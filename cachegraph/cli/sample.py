@@ -58,7 +58,7 @@ def sample(
 
 def _digits_runner(what: str, schedule: str | None, say: Say) -> Runner:
     """The digit model compiled under a schedule, or read from an artifact."""
-    from cachegraph.artifact.artifact import load_artifact
+    from cachegraph.artifact.load import load_artifact
     from cachegraph.compiler.compile import compile
     from cachegraph.schedule.schedule import load_schedule
     from cachegraph.zoo import load_model

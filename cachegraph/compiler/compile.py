@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from cachegraph.artifact.artifact import Artifact, load_artifact
+from cachegraph.artifact.artifact import Artifact
 from cachegraph.backends import Progress, check_all, get_backend
 from cachegraph.errors import ModelError
 from cachegraph.graph.step_graph import StepGraph
@@ -18,15 +17,12 @@ from cachegraph.graph.text import graph_text
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.passes import passes_without
 from cachegraph.plan.plan import Plan
-from cachegraph.runtime.known import named_prologues
-from cachegraph.runtime.program import make_program
-from cachegraph.runtime.runner import Runner
-from cachegraph.runtime.tracking import Track
 from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import Schedule, load_schedule
 
 from .cost import PlanCost, plan_cost
 from .pipeline import PassReport, module_weights, rewrite
+from .program import make_program, named_prologues
 
 ScheduleSource = str | Path | Mapping[str, object] | Schedule
 
@@ -172,49 +168,13 @@ def assemble(built: Build, backend: str) -> Artifact:
     program = make_program(built.traced, built.schedule, built.plan, built.graphs, built.cost)
     return Artifact(
         program=replace(program, varying=built.varying, disabled=built.disabled),
-        schedule=built.schedule,
+        schedule_text=built.schedule.to_yaml(),
         graphs=tuple(step.module for step in built.graphs),
         prologues=named_prologues(built.graphs),
         texts=tuple(graph_text(step) for step in built.graphs),
         weights=built.weights,
         backend=backend,
         device=next(iter(built.weights.values())).device,
-    )
-
-
-def load(
-    artifact: str | Path | Artifact,
-    device: str | torch.device = "cpu",
-    *,
-    track: Track = "timestep",
-    backend: str | None = None,
-    timesteps: Sequence[float] | None = None,
-    cuda_graphs: bool = False,
-) -> Runner:
-    """A compiled model, callable as the traced one was; needs no model code.
-
-    Args:
-        artifact: a folder, or what :func:`compile` returned.
-        device: where a folder's weights go.
-        track: how the step of a call is found: from its ``timestep``, or by ``count``.
-        backend: another backend than the artifact was compiled for.
-        timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
-            Steps are found by them, and what depends on them alone is computed ahead from the
-            first step on; with ``track="count"`` they are taken as said, calls' are not looked at.
-        cuda_graphs: record the kernels of each kind of step once and launch them all at once. Each
-            branch of a session records graphs of its own, anew for another batch: about one a
-            variant and set of token counts, see ``runtime.cuda_graph.plan_launches``.
-
-    Raises:
-        InputError: ``cuda_graphs`` on a device without them.
-        BackendError: ``cuda_graphs`` with a backend whose work cannot be recorded.
-        SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
-        ArtifactError: the folder is missing, half-written, damaged, edited or newer.
-    """
-    if not isinstance(artifact, Artifact):
-        artifact = load_artifact(artifact, device)
-    return artifact.runner(
-        track=track, backend=backend, timesteps=timesteps, cuda_graphs=cuda_graphs
     )
 
 

@@ -13,7 +13,7 @@ from cachegraph.model.shapes import Shapes
 from cachegraph.model.site import Site
 from cachegraph.plan.selection import Selection
 from cachegraph.plan.slot import Slot
-from cachegraph.plan.variant import Variant
+from cachegraph.plan.variant import Variant, extra_spec
 
 from .binding import Binding, Known, binding_times
 
@@ -124,6 +124,21 @@ class StepGraph:
     def read_slots(self) -> list[Slot]:
         """The slots that are inputs, in order."""
         return [node.meta[SLOT] for node in self.inputs if SLOT in node.meta]
+
+    def written_slots(self) -> list[Slot]:
+        """What the variant hands out, in the order of the writes: values, then all else."""
+        values = [
+            Slot(site.name, i, 0, value.spec)
+            for site, written in zip(self.sites, self.variant.writes, strict=True)
+            if written
+            for i, value in enumerate(site.values)
+        ]
+        extras = [
+            Slot(site.name, part, 0, extra_spec(site, part, self.order_depth))
+            for site, parts in zip(self.sites, self.variant.extras, strict=True)
+            for part in parts
+        ]
+        return values + extras
 
 
 def request_values(graphs: Sequence[StepGraph]) -> list[Known]:

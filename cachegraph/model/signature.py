@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from cachegraph.errors import SessionError, TraceError, nearest
-from cachegraph.spec import SpecText, TensorSpec
+from cachegraph.spec import TensorSpec
 
 Tree = dict[str, Any]  # {"tensor": i} | {"const": v} | {"list"|"tuple": [...]} | {"dict": {...}}
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -66,9 +66,9 @@ class CallSignature:
 
     parameters: tuple[Parameter, ...]
     arguments: Mapping[str, Tree]
-    inputs: tuple[tuple[str, SpecText], ...]
+    inputs: tuple[tuple[str, TensorSpec], ...]
     result: Tree
-    outputs: tuple[SpecText, ...]
+    outputs: tuple[TensorSpec, ...]
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The call's tensors in graph order.

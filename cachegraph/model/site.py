@@ -8,7 +8,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from cachegraph.errors import SiteError, nearest
-from cachegraph.spec import SpecText
+from cachegraph.spec import TensorSpec
 
 
 class SiteKind(StrEnum):
@@ -31,7 +31,7 @@ class SiteValue:
     """
 
     node: str
-    spec: SpecText
+    spec: TensorSpec
     module: str | None
 
 

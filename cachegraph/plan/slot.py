@@ -33,17 +33,34 @@ class Slot:
     age: int
     spec: TensorSpec
 
+    @classmethod
+    def of(cls, key: str, age: int, spec: TensorSpec) -> Slot:
+        """The slot of a key."""
+        site, mark, part = key.rpartition("#")
+        if mark:
+            return cls(site, int(part), age, spec)
+        site, _, part = key.rpartition(":")
+        return cls(site, next(k for k, name in EXTRAS.items() if name == part), age, spec)
+
+    @property
+    def key(self) -> str:
+        """What is kept, whichever step made it: ``blocks.3.attn#0``; ``blocks.3.mlp:order``."""
+        return slot_key(self.site, self.value)
+
     @property
     def name(self) -> str:
-        """``blocks.3.attn#0``, with ``@1`` for the second newest value; ``blocks.3.mlp:order``."""
-        if self.value in EXTRAS:
-            return f"{self.site}:{EXTRAS[self.value]}"
-        return f"{self.site}#{self.value}" + (f"@{self.age}" if self.age else "")
+        """The key, with ``@1`` for the second newest value."""
+        return self.key + (f"@{self.age}" if self.age else "")
 
     @property
     def label(self) -> str:
         """The name as an identifier: ``blocks_3_attn_0``."""
         return re.sub(r"\W+", "_", self.name)
+
+
+def slot_key(site: str, value: int) -> str:
+    """What is kept of a site: one of its values, or one of EXTRAS."""
+    return f"{site}:{EXTRAS[value]}" if value in EXTRAS else f"{site}#{value}"
 
 
 class ConstantKind(StrEnum):

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from cachegraph.errors import BackendError, InputError
-from cachegraph.plan.variant import VALUES
+from cachegraph.graph.interface import Role
 
 from .known import StepFunction
-from .program import Program
+from .program import Made, Program
 
-Place = tuple[int, int, int]  # site, value, number
+Place = tuple[str, int]  # slot, number
 _RECORDABLE = ("eager", "inductor", "aoti")  # the others have streams and memory of their own
 _WARM_UPS = 3  # as torch.cuda.make_graphed_callables
 _RECORDING = Lock()  # torch records one graph at a time in a process
@@ -53,28 +53,29 @@ def plan_launches(program: Program) -> tuple[Launch, ...]:
     A value that a step uses for the last time stays in place 0 though the step writes there, for a
     graph writes when it has read everything.
     """
-    at: dict[tuple[int, int, int], Place] = {}  # (site, value, step that made it) -> place
+    at: dict[Made, Place] = {}
     launches: list[Launch] = []
     for number, step in enumerate(program.steps):
-        writes, freed = program.variants[step.variant].writes, set(step.frees)
-        ending = {k for k in at if (k[0], k[2], min(k[1], VALUES)) in freed}
-        holds = {place: key for key, place in at.items()}
+        interface = program.layout(number).interface
+        ending = set(step.frees) & at.keys()
+        holds = {place: made for made, place in at.items()}
         moves: list[tuple[Place, Place]] = []
-        for site, value in writes:
-            if (first := holds.get((site, value, 0))) is None or first in ending:
+        for slot in (port.of for port in interface.writes):
+            if (first := holds.get((slot, 0))) is None or first in ending:
                 continue
-            free = next(i for i in count() if (site, value, i) not in holds)
+            free = next(i for i in count() if (slot, i) not in holds)
             for i in range(free, 0, -1):
-                moves.append(((site, value, i - 1), (site, value, i)))
-                at[holds[site, value, i - 1]] = (site, value, i)
+                moves.append(((slot, i - 1), (slot, i)))
+                at[holds[slot, i - 1]] = (slot, i)
         if moves:
             launches[-1] = replace(launches[-1], moves=tuple(moves))
-        sizes = tuple(np.shape(numbers) for numbers in step.constants)
-        launches.append(Launch(step.variant, tuple(at[key] for key in step.slots), sizes))
-        for key in ending:
-            del at[key]
-        kept = [slot for slot, keep in zip(writes, step.keeps, strict=True) if keep]
-        at.update({(*slot, number): (*slot, 0) for slot in kept})
+        reads = tuple(at[port.of, step.slots[port.name]] for port in interface.slots)
+        sizes = tuple(np.shape(step.constants[port.name]) for port in interface.constants)
+        launches.append(Launch(step.variant, reads, sizes))
+        for made in ending:
+            del at[made]
+        kept = [port.of for port in interface.writes if port.name in step.keeps]
+        at.update({(slot, number): (slot, 0) for slot in kept})
     return tuple(launches)
 
 
@@ -193,9 +194,9 @@ class Replays:
         given = [self._fixed(("input", i), t) for i, t in enumerate(inputs)]
         given += [self._places[place] for place in launch.reads]
         given += [self._fixed((variant, i, t.shape), t) for i, t in enumerate(constants)]
-        for i, index in enumerate(self._program.variants[variant].known):
-            key = ("own", variant, i) if index is None else ("request", index)
-            given.append(self._fixed(key, known[i]))
+        for port, tensor in zip(self._program.layout(step).interface.known, known, strict=True):
+            lasting = port.role is Role.REQUEST
+            given.append(self._fixed((port.role, "" if lasting else variant, port.of), tensor))
         replay = self._recorded.get(launch) or self._record(launch, given)
         for source, target in launch.moves:
             if target not in self._places:
@@ -215,13 +216,13 @@ class Replays:
             self._inputs[key] = torch.empty_like(tensor)
         if key not in self._copied:
             self._inputs[key].copy_(tensor)
-        if key[0] == "request":
+        if key[0] is Role.REQUEST:
             self._copied.add(key)
         return self._inputs[key]
 
     def _record(self, launch: Launch, given: Sequence[Tensor]) -> Callable[[], None]:
         layout, function = self._program.variants[launch.variant], self._functions[launch.variant]
-        written = [(site, value, 0) for site, value in layout.writes]
+        written = [(port.of, 0) for port in layout.interface.writes]
         made = self._recorder.warm_up(lambda: function(*given))
         outputs = len(made) - len(written)
         self._results = self._results or [torch.empty_like(t) for t in made[:outputs]]

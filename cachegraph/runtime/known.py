@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from cachegraph.errors import SessionError
-from cachegraph.graph.step_graph import StepGraph, merge_prologues
+from cachegraph.graph.interface import Interface, Role
 
 from .batching import over_steps
 from .program import Program
@@ -43,7 +43,7 @@ class Prologues:
 
         Args:
             program: for the variants.
-            modules: as :func:`named_prologues` names them.
+            modules: ``request``, and ``variant0-prologue`` and so on.
             batched: compute the values of all steps of a variant in one go, as far as timesteps
                 are known and the variant allows it. Products then round differently in the last
                 digit.
@@ -57,20 +57,6 @@ class Prologues:
             for module, variant in zip(steps, program.variants, strict=True)
         )
         return cls(modules.get(REQUEST), steps, ahead)
-
-
-def named_prologues(graphs: Sequence[StepGraph]) -> dict[str, fx.GraphModule]:
-    """The graphs that compute what is known beforehand.
-
-    Args:
-        graphs: the lowered graph of each variant.
-
-    Returns:
-        ``request``, and ``variant0-prologue`` and so on, where there is something to compute.
-    """
-    found = {prologue_name(g.variant.name): g.prologue for g in graphs if g.prologue is not None}
-    request = merge_prologues([g.request for g in graphs if g.request is not None])
-    return found if request is None else {REQUEST: request, **found}
 
 
 def prologue_name(variant: str) -> str:
@@ -114,8 +100,8 @@ class KnownValues:
         self._prologues = prologues
         self._tracking = tracking
         self._lasting: list[_Lasting] = []
-        self._request: tuple[Tensor, ...] = ()
-        self._rows: dict[int, tuple[Tensor, ...]] = {}  # step -> its own values, not used yet
+        self._request: dict[str, Tensor] = {}  # by the names of values
+        self._rows: dict[int, dict[str, Tensor]] = {}  # step -> its own values, not used yet
         self._times: dict[int, Tensor] = {}  # step -> timestep that it is expected to have
 
     def begin(self, inputs: Sequence[Tensor]) -> None:
@@ -127,7 +113,8 @@ class KnownValues:
         self._lasting = [_Lasting.of(inputs[i]) for i in self._program.lasting]
         self._rows.clear()
         request = self._prologues.request
-        self._request = tuple(request(*inputs)) if request is not None else ()
+        made = request(*inputs) if request is not None else ()
+        self._request = _named(self._program.request, made)
         clock, times = self._tracking.input, self._program.timesteps
         if clock is not None and times is not None:
             # Calls may round them differently; what was learned of that is kept.
@@ -156,18 +143,17 @@ class KnownValues:
             SessionError: an input changed that has to stay the same.
         """
         self._check_lasting(step, inputs)
-        program = self._program
-        known = program.variants[program.steps[step].variant].known
-        own = iter(self._row(step, inputs) if None in known else ())
-        return [next(own) if index is None else self._request[index] for index in known]
+        known = self._program.layout(step).interface.known
+        own = self._row(step, inputs) if any(p.role is Role.STEP for p in known) else {}
+        return [(own if p.role is Role.STEP else self._request)[p.of] for p in known]
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held now."""
-        rows = (t for row in self._rows.values() for t in row)
-        return sum(t.nbytes for t in (*self._request, *rows))
+        held = (self._request, *self._rows.values())
+        return sum(tensor.nbytes for values in held for tensor in values.values())
 
-    def _row(self, step: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _row(self, step: int, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         expected = self._is_expected(step, inputs)
         row = self._rows.pop(step, None)
         if row is None or not expected:
@@ -192,12 +178,12 @@ class KnownValues:
     def _compute(self, step: int, inputs: Sequence[Tensor], ahead: bool) -> None:
         """The values of a step and, ahead of time, of the later steps of its variant."""
         program, clock = self._program, self._tracking.input
-        variant = program.steps[step].variant
+        variant, interface = program.steps[step].variant, program.layout(step).prologue
         compute, compute_ahead = self._prologues.steps[variant], self._prologues.ahead[variant]
         if compute is None:
             raise LookupError(f"variant {variant} has no prologue")
         if not ahead or clock is None or compute_ahead is None:
-            self._rows[step] = tuple(compute(*inputs))
+            self._rows[step] = _named(interface, compute(*inputs))
             return
         steps = [
             s
@@ -214,7 +200,7 @@ class KnownValues:
             # Clones, so that values are freed after their step; one table at a time is twice there.
             for row, value in zip(rows, tables.pop(0), strict=True):
                 row.append(value.clone(memory_format=torch.contiguous_format))
-        self._rows.update(zip(steps, map(tuple, rows), strict=True))
+        self._rows.update((s, _named(interface, row)) for s, row in zip(steps, rows, strict=True))
 
     def _check_lasting(self, step: int, inputs: Sequence[Tensor]) -> None:
         for index, lasting in zip(self._program.lasting, self._lasting, strict=True):
@@ -228,6 +214,12 @@ class KnownValues:
                     remedy=f"compile with varying=[{name!r}] if it differs from step to step; "
                     "two images at a time need a run.session() each",
                 )
+
+
+def _named(interface: Interface | None, made: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What a prologue returned, by the names of the values."""
+    ports = interface.outputs if interface is not None else ()
+    return {port.of: tensor for port, tensor in zip(ports, made, strict=True)}
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cachegraph.errors import SessionError
-from cachegraph.plan.variant import VALUES
 from cachegraph.spec import TensorSpec, evaluate
 
 from .cuda_graph import Recorder, Replays, plan_launches
 from .known import KnownValues, Prologues, StepFunction
-from .program import Program
+from .program import Made, Program
 from .tracking import Position, Track, Tracking, checked_timesteps, make_tracking
 
 
@@ -30,7 +29,7 @@ class _Branch:
     known: KnownValues
     position: Position = field(default_factory=Position)
     shapes: tuple[tuple[object, ...], ...] = ()
-    values: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    values: dict[Made, Tensor] = field(default_factory=dict)
     replays: Replays | None = None  # in place of values, where CUDA graphs are used
 
 
@@ -187,24 +186,17 @@ class Runner(nn.Module):
         self.dtype: torch.dtype = next(
             (w.dtype for w in weights.values() if w.is_floating_point()), first.dtype
         )
-        self._constants = {
-            (step, i): torch.tensor(numbers, dtype=spec.dtype, device=self.device)
+        self._constants = [
+            [
+                torch.tensor(entry.constants[port.name], dtype=port.spec.dtype, device=self.device)
+                for port in program.layout(step).interface.constants
+            ]
             for step, entry in enumerate(program.steps)
-            for i, (numbers, spec) in enumerate(
-                zip(entry.constants, self._specs(step), strict=True)
-            )
-        }
+        ]
         self.recorder = recorder
         self._launches = plan_launches(program) if recorder is not None else ()
         self._session = Session(self)
         self.eval()
-
-    def _specs(self, step: int) -> tuple[TensorSpec, ...]:
-        """Specs of the step constants: the inputs of the step's graph before the known values."""
-        entry = self.program.steps[step]
-        layout = self.program.variants[entry.variant]
-        end = len(layout.inputs) - len(layout.known)
-        return layout.inputs[end - len(entry.constants) : end]
 
     def forward(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
         """Call the model for one step of the runner's own session; see :class:`Session`."""
@@ -236,7 +228,7 @@ class Runner(nn.Module):
 
     def constants(self, step: int) -> list[Tensor]:
         """The step constants that a step's graph takes, in its order."""
-        return [self._constants[step, i] for i in range(len(self.program.steps[step].constants))]
+        return self._constants[step]
 
     def replays(self, recorder: Recorder) -> Replays:
         """Recorded graphs of a branch that has recorded none."""
@@ -246,7 +238,7 @@ class Runner(nn.Module):
         self,
         step: int,
         inputs: Sequence[Tensor],
-        values: dict[tuple[int, int, int], Tensor],
+        values: dict[Made, Tensor],
         known: Sequence[Tensor],
     ) -> Sequence[Tensor]:
         """Launch the graph of a step: kept values in, new ones out.
@@ -254,25 +246,21 @@ class Runner(nn.Module):
         Args:
             step: which.
             inputs: the model's, in graph order.
-            values: (site, value, step that made it) -> tensor; updated.
+            values: (slot, step that made it) -> tensor; updated.
             known: values known beforehand.
 
         Returns:
             The model's outputs.
         """
-        entry = self.program.steps[step]
-        layout = self.program.variants[entry.variant]
-        slots = [values[key] for key in entry.slots]
+        entry, interface = self.program.steps[step], self.program.layout(step).interface
+        slots = [values[port.of, entry.slots[port.name]] for port in interface.slots]
         outputs = self.functions[entry.variant](*inputs, *slots, *self.constants(step), *known)
         count = len(self.program.signature.outputs)
-        for (site, value), keep, tensor in zip(
-            layout.writes, entry.keeps, outputs[count:], strict=True
-        ):
-            if keep:
-                values[site, value, step] = tensor
-        freed = set(entry.frees)
-        for key in [k for k in values if (k[0], k[2], min(k[1], VALUES)) in freed]:
-            del values[key]
+        for port, tensor in zip(interface.writes, outputs[count:], strict=True):
+            if port.name in entry.keeps:
+                values[port.of, step] = tensor
+        for made in entry.frees:
+            values.pop(made, None)
         return outputs[:count]
 
     def check_inputs(self, inputs: Sequence[Tensor], branch: str = "") -> None:

@@ -14,14 +14,13 @@ from cachegraph.compiler.cost import PlanCost, plan_cost
 from cachegraph.compiler.pipeline import PassReport
 from cachegraph.errors import InputError, nearest
 from cachegraph.graph.binding import Binding
+from cachegraph.graph.interface import Role
 from cachegraph.graph.step_graph import CONSTANT, SLOT, Stage, StepGraph
 from cachegraph.graph.text import graph_text
 from cachegraph.model.signature import CallSignature
 from cachegraph.model.site import Site
-from cachegraph.plan.action import sources
 from cachegraph.plan.plan import Plan
-from cachegraph.plan.slot import EXTRAS, Slot
-from cachegraph.plan.variant import extra_spec
+from cachegraph.plan.slot import Slot
 
 from .picture import letter, plain_table
 
@@ -193,17 +192,11 @@ def _step_graph(artifact: Artifact, plan: Plan, index: int) -> StepGraph:
         bindings=(Binding.DYNAMIC,) * len(program.signature.inputs),
         model_outputs=len(program.signature.outputs),
     )
-    inputs = graph.inputs[graph.model_inputs :]
-    first = variant.steps[0]
-    slots = program.steps[first].slots
-    for node, (site, value, made) in zip(inputs, slots, strict=False):
-        extra = value in EXTRAS
-        age = 0 if extra else sources(plan.rows[first][site]).index(made)
-        place = program.sites[site]
-        spec = extra_spec(place, value, plan.order_depth) if extra else place.values[value].spec
-        node.meta[SLOT] = Slot(place.name, value, age, spec)
     constants = {constant.name: constant for constant in variant.constants}
-    for node in inputs[len(slots) :]:
-        if node.name in constants:
-            node.meta[CONSTANT] = constants[node.name]
+    ports = program.variants[index].interface.inputs
+    for node, port in zip(graph.inputs, ports, strict=True):
+        if port.role is Role.SLOT:
+            node.meta[SLOT] = Slot.of(port.of, port.age, port.spec)
+        elif port.role is Role.CONSTANT:
+            node.meta[CONSTANT] = constants[port.name]
     return graph

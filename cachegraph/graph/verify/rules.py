@@ -20,8 +20,7 @@ from cachegraph.graph.step_graph import CONSTANT, KNOWN, SLOT, VALUE, Stage, Ste
 from cachegraph.graph.text import graph_text, node_lines
 from cachegraph.graph.weights import stored_weight
 from cachegraph.plan.action import Compute, Forecast, Refresh, Reuse, sources
-from cachegraph.plan.slot import EXTRAS, Slot
-from cachegraph.plan.variant import extra_spec
+from cachegraph.plan.slot import EXTRAS
 from cachegraph.spec import spec_text
 
 from .nodes import not_functional, recompute
@@ -132,7 +131,7 @@ def _spec(node: fx.Node) -> str:
 
 def _outputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
     """The model's outputs, then one write for each value that the variant hands out."""
-    expected = [] if step.stage is Stage.TRACED else _expected_writes(step)
+    expected = [] if step.stage is Stage.TRACED else step.written_slots()
     count = len(step.outputs) - step.model_outputs
     if count != len(expected):
         yield f"{count} writes instead of {len(expected)}", "", step.output.name
@@ -148,21 +147,6 @@ def _outputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
             yield f"expected the write of {slot.name}", slot.site, node.name
         elif _spec(node) != str(slot.spec):
             yield f"the write is {_spec(node)}, the slot {slot.spec}", slot.site, node.name
-
-
-def _expected_writes(step: StepGraph) -> list[Slot]:
-    values = [
-        Slot(site.name, i, 0, value.spec)
-        for site, written in zip(step.sites, step.variant.writes, strict=True)
-        if written
-        for i, value in enumerate(site.values)
-    ]
-    extras = [
-        Slot(site.name, part, 0, extra_spec(site, part, step.order_depth))
-        for site, parts in zip(step.sites, step.variant.extras, strict=True)
-        for part in parts
-    ]
-    return values + extras
 
 
 def _no_input_is_output(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -253,7 +237,7 @@ def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str,
     row = dict(zip((site.name for site in step.sites), step.variant.row, strict=True))
     values = {n.meta[VALUE]: n for n in traced.nodes if VALUE in n.meta}
     outputs = traced.output_node().all_input_nodes
-    written = [slot for slot in _expected_writes(step) if slot.value not in EXTRAS]
+    written = [slot for slot in step.written_slots() if slot.value not in EXTRAS]
     todo = [*outputs, *(values[slot.site, slot.value] for slot in written)]
     sources = {site.name: site.source for site in step.sites}
     computed: set[str] = set()
