@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import cachegraph as cg
+from tests.models import TOCA, dit_steps, tiny_dit
 
 
 def in_a_new_process(*lines: str) -> None:
@@ -34,6 +36,46 @@ def test_the_package_and_its_help_do_without_torch() -> None:
 def test_models_are_made_without_torchs_compiler(load: str) -> None:
     in_a_new_process(
         "import cachegraph", f"cachegraph.{load}", "assert 'torch._dynamo' not in sys.modules"
+    )
+
+
+# torch imports torch.export by itself; what counts is that none of ours does.
+COMPILER = ("torch.export", "torch._dynamo", "pydantic", "networkx", "yaml", "sympy")
+NO_COMPILER = (
+    "loaded = {name.split('.')[1] for name in sys.modules if name.startswith('cachegraph.')}",
+    "assert not loaded & {'schedule', 'methods', 'config', 'compiler', 'passes', 'oracle'}, loaded",
+    "assert 'cachegraph.model.trace' not in sys.modules",
+    f"more = [n for n in {COMPILER} if n in sys.modules and n not in before]",
+    "assert not more, more",
+)
+
+
+def test_the_runner_is_imported_without_the_compiler() -> None:
+    in_a_new_process(
+        "import torch",
+        "before = set(sys.modules)",
+        "import cachegraph.runtime.runner",
+        *NO_COMPILER,
+    )
+
+
+@pytest.mark.parametrize("schedule", ["fora-n3", TOCA], ids=["fora", "toca"])
+def test_an_artifact_is_loaded_and_run_without_the_compiler(
+    schedule: object, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny.cgraph"
+    [(x, t, y)] = dit_steps(1)
+    cg.compile(tiny_dit(), schedule, (x, t, y), backend="eager", out=folder)
+    in_a_new_process(
+        "import torch",
+        "before = set(sys.modules)",
+        "import cachegraph as cg",
+        f"run = cg.load({str(folder)!r})",
+        f"x, y = torch.zeros({list(x.shape)}), torch.zeros(2).long()",
+        "for step in range(3):",
+        "    run(x, torch.full((2,), 900 - step), y)",
+        "assert run.cache_bytes()",
+        *NO_COMPILER,
     )
 
 

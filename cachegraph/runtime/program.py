@@ -13,7 +13,6 @@ from cachegraph.plan.action import Row
 from cachegraph.plan.cost import PlanCost
 from cachegraph.plan.plan import Plan, make_plan
 from cachegraph.plan.selection import Selection
-from cachegraph.plan.slot import Numbers
 
 Made = tuple[str, int]  # slot, step that made the tensor in it
 
@@ -25,14 +24,14 @@ class Step:
     Attributes:
         variant: index of the graph that it runs.
         slots: slot input -> the step that made its tensor.
-        constants: step constant -> its numbers.
+        constants: step constant -> its numbers, nested as the tensor is.
         keeps: names of the writes that a later step uses.
         frees: what nothing needs afterwards.
     """
 
     variant: int
     slots: Mapping[str, int]
-    constants: Mapping[str, Numbers]
+    constants: Mapping[str, Any]
     keeps: frozenset[str]
     frees: tuple[Made, ...]
 
