@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .compiler.compile import compile
     from .errors import CachegraphError
     from .oracle.reference import ReferenceRunner
-    from .runtime.runner import Runner, Session
+    from .runtime.runner import Runner
+    from .runtime.session import Session
     from .schedule.schedule import Schedule, load_schedule, presets
     from .zoo import load_model
 
@@ -39,7 +40,7 @@ _MODULES = {
     "ReferenceRunner": "oracle.reference",
     "Runner": "runtime.runner",
     "Schedule": "schedule.schedule",
-    "Session": "runtime.runner",
+    "Session": "runtime.session",
     "compile": "compiler.compile",
     "load": "artifact.load",
     "load_model": "zoo",

@@ -88,6 +88,14 @@ class VerifyError(CachegraphError):
     """A rewritten graph broke a rule of the verifier: a bug in a pass, never the user's fault."""
 
 
+class TooManyCallsError(SessionError):
+    """A trajectory of more calls than the schedule has steps."""
+
+
+class UnfinishedWarning(UserWarning):
+    """A trajectory that ended before the schedule's last step."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for a misspelt ``name``, or an empty string where nothing is near."""
     found = near(name, known)

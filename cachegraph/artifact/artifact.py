@@ -24,7 +24,14 @@ from cachegraph.backends.named import named_graphs
 from cachegraph.errors import ArtifactError
 from cachegraph.folders import refuse_foreign, written_whole
 from cachegraph.graph.serialise import graph_to_json
-from cachegraph.graph.weights import WEIGHTS_FILE, distinct, save_weights
+from cachegraph.graph.weights import (
+    WEIGHTS_FILE,
+    Stamp,
+    distinct,
+    refuse_changed,
+    save_weights,
+    stamp,
+)
 from cachegraph.runtime.cuda_graph import recorders
 from cachegraph.runtime.known import Prologues, StepFunction
 from cachegraph.runtime.program import Program
@@ -80,6 +87,11 @@ class Artifact:
     device: torch.device
     compiled: dict[str, Path] = field(default_factory=dict)
     saved: dict[Path, str] = field(default_factory=dict)
+    stamp: Stamp = field(init=False)
+
+    def __post_init__(self) -> None:
+        """An artifact has the weights of this moment; one that was changed since is not used."""
+        object.__setattr__(self, "stamp", stamp(self.weights))
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -117,6 +129,7 @@ class Artifact:
             InputError: ``cuda_graphs`` on a device without them.
             SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         """
+        refuse_changed(self.weights, self.stamp)
         chosen = get_backend(backend or self.backend)
         recorder = recorders(self.device, chosen.name) if cuda_graphs else None
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
@@ -199,6 +212,7 @@ class Artifact:
             ArtifactError: ``path`` exists and is no artifact.
         """
         target = Path(path)
+        refuse_changed(self.weights, self.stamp)
         refuse_foreign(target, MANIFEST, "artifact")
         with written_whole(target) as partial:
             self._write(partial, progress, origin)

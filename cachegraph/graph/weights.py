@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cachegraph.errors import ArtifactError
+from cachegraph.errors import ArtifactError, SessionError
 
 # Bytes. Matrix products round differently on data that is not aligned as torch aligns its own, so
 # a loaded model would not compute bit for bit what the compiled one does.
@@ -72,6 +72,33 @@ def _rows(name: str) -> tuple[str, int, int]:
     """A weight's name and the rows of it; 0 to 0 where it is whole."""
     match = _SLICE.fullmatch(name)
     return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 0)
+
+
+Stamp = tuple[tuple[int, int], ...]
+
+
+def stamp(weights: Mapping[str, Tensor]) -> Stamp:
+    """Where weights lie and how often each was written to; see :func:`refuse_changed`."""
+    return tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights.values())
+
+
+def refuse_changed(weights: Mapping[str, Tensor], before: Stamp) -> None:
+    """Refuse weights that were written to or replaced since.
+
+    Args:
+        weights: name -> tensor.
+        before: their stamp when they were compiled or loaded.
+
+    Raises:
+        SessionError: names the first one.
+    """
+    for name, now, was in zip(weights, stamp(weights), before, strict=True):
+        if now != was:
+            raise SessionError(
+                f"weight {name!r} was changed after it was compiled",
+                expected="the weights of a compiled loop as they were then",
+                remedy="compile the model again; an artifact that was saved before is untouched",
+            )
 
 
 def distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

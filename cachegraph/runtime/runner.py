@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from cachegraph.errors import SessionError
+from cachegraph.graph.weights import refuse_changed, stamp
 from cachegraph.spec import TensorSpec, evaluate
 
 from .cuda_graph import Recorder, Replays, plan_launches
 from .known import KnownValues, Prologues, StepFunction
 from .program import Made, Program
-from .tracking import Position, Track, Tracking, checked_timesteps, make_tracking
-
-
-@dataclass
-class _Branch:
-    """The state of one trajectory of cond or uncond calls.
-
-    A call changes it only when it has succeeded, so a failed one can be repeated.
-    """
-
-    known: KnownValues
-    position: Position = field(default_factory=Position)
-    shapes: tuple[tuple[object, ...], ...] = ()
-    values: dict[Made, Tensor] = field(default_factory=dict)
-    replays: Replays | None = None  # in place of values, where CUDA graphs are used
+from .session import Session
+from .tracking import Track, Tracking, checked_timesteps, make_tracking
 
 
 class ModelConfig(dict[str, Any]):
@@ -42,95 +29,6 @@ class ModelConfig(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
-
-
-class Session:
-    """One trajectory being sampled; independent of all others over the same weights.
-
-    Sessions may interleave and may run in threads of their own; one session serves one thread.
-    """
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._recorder = runner.recorder() if runner.recorder is not None else None
-        self._branches: dict[str, _Branch] = {}
-        self._branch_name = ""
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
-        """Call the model for one step.
-
-        Args:
-            args: as the traced model takes them.
-            step: the step, where the sampler knows it; else it is found from the timestep.
-            kwargs: as the traced model takes them.
-
-        Returns:
-            What the traced model returns.
-
-        Raises:
-            SessionError: the call does not have the traced form, or does not fit the trajectory.
-        """
-        runner = self._runner
-        signature = runner.program.signature
-        inputs = signature.flatten(args, kwargs)
-        branch = self._branches.get(self._branch_name) or _Branch(runner.known_values())
-        self._branches[self._branch_name] = branch
-        position = runner.tracking.locate(branch.position, inputs, step)
-        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
-        if position.step == 0:
-            runner.check_inputs(inputs, self._branch_name)
-            branch.values.clear()
-            if self._recorder is not None and shapes != branch.shapes:
-                branch.replays = runner.replays(self._recorder)
-            branch.known.begin(inputs)
-            branch.shapes, branch.position = shapes, Position(learned=position.learned)
-        elif shapes != branch.shapes:
-            self._refuse_change(branch, shapes, position.step)
-        known = branch.known.at(position.step, inputs)
-        if branch.replays is None:
-            outputs = runner.run_step(position.step, inputs, branch.values, known)
-        else:
-            constants = runner.constants(position.step)
-            outputs = branch.replays.run(position.step, inputs, constants, known)
-        branch.position = position
-        return signature.unflatten(outputs, kwargs.get("return_dict"))
-
-    def reset(self) -> None:
-        """Forget every value and recorded graph, and begin a new trajectory."""
-        self._branches.clear()
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Name the branch that the calls inside belong to, such as ``cond`` or ``uncond``."""
-        before, self._branch_name = self._branch_name, name
-        try:
-            yield
-        finally:
-            self._branch_name = before
-
-    def cache_bytes(self) -> int:
-        """Bytes of the values that are kept now, over all branches."""
-        recorded = sum(b.replays.nbytes for b in self._branches.values() if b.replays is not None)
-        return recorded + sum(t.nbytes for b in self._branches.values() for t in b.values.values())
-
-    def known_bytes(self) -> int:
-        """Bytes of the values known beforehand that are held now, over all branches."""
-        return sum(b.known.nbytes for b in self._branches.values())
-
-    def _refuse_change(
-        self, branch: _Branch, shapes: tuple[tuple[object, ...], ...], step: int
-    ) -> None:
-        names = [name for name, _ in self._runner.program.signature.inputs]
-        for name, before, now in zip(names, branch.shapes, shapes, strict=True):
-            if before != now:
-                raise SessionError(
-                    f"input {name!r} changed in the middle of a trajectory",
-                    place=f"step {step}",
-                    expected=" ".join(map(str, before)),
-                    found=" ".join(map(str, now)),
-                    remedy="begin a new trajectory with the first timestep, or use a session each",
-                )
 
 
 class Runner(nn.Module):
@@ -181,6 +79,7 @@ class Runner(nn.Module):
         self.functions = tuple(functions)
         self._prologues = prologues or Prologues()
         self._weights = dict(weights)
+        self._stamp = stamp(weights)
         first = next(iter(weights.values()))
         self.device: torch.device = first.device
         self.dtype: torch.dtype = next(
@@ -218,9 +117,9 @@ class Runner(nn.Module):
         """Forget the runner's own trajectory."""
         self._session.reset()
 
-    def cache_context(self, name: str) -> Any:
-        """Name the branch of the calls inside, as diffusers pipelines do."""
-        return self._session.cache_context(name)
+    def cache_context(self, name: str, **step: Any) -> Any:
+        """Name the branch of the calls inside, as diffusers pipelines do; see :class:`Session`."""
+        return self._session.cache_context(name, **step)
 
     def cache_bytes(self) -> int:
         """Bytes that the runner's own session keeps now."""
@@ -291,6 +190,32 @@ class Runner(nn.Module):
                 if self.program.batch
                 else "the batch is fixed: compile with example inputs of this size",
             )
+
+    def check_weights(self) -> None:
+        """Refuse to run with weights that were written to after they were compiled.
+
+        Raises:
+            SessionError: one was, in place (writes through ``.data`` are seen where they replace
+                the memory).
+        """
+        refuse_changed(self._weights, self._stamp)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The weights, so that their device and dtype can be asked for."""
+        yield from (nn.Parameter(w, requires_grad=False) for w in self._weights.values())
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Refused: graphs and what is known beforehand were made for the weights as they are.
+
+        Raises:
+            SessionError: always.
+        """
+        raise SessionError(
+            "a compiled loop keeps the weights that it was compiled with",
+            remedy="load them into the model and compile that again",
+        )
+
+    load_lora_adapter = load_state_dict
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Accept ``.to(...)`` that changes nothing, which pipelines call; refuse the rest."""

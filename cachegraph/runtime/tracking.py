@@ -6,15 +6,18 @@ import math
 import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from cachegraph.errors import SessionError
+from cachegraph.errors import SessionError, TooManyCallsError, UnfinishedWarning
 from cachegraph.model.signature import CallSignature
 from cachegraph.spec import TensorSpec
+
+from .continuity import Link
 
 Track = Literal["timestep", "count"]
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "time_step")
@@ -34,6 +37,7 @@ class Tracking:
         counting: a call without ``step=`` is the next step, whatever its timestep.
         timesteps: the sampler's, one a step, or None to go by their order alone.
         ascending: time grows along a trajectory.
+        latent: index of what is denoised among the inputs, where calls are to be told apart by it.
     """
 
     steps: int
@@ -41,14 +45,22 @@ class Tracking:
     counting: bool = False
     timesteps: tuple[float, ...] | None = None
     ascending: bool = False
+    latent: int | None = None
 
-    def locate(self, position: Position, inputs: Sequence[Tensor], step: int | None) -> Position:
+    def locate(
+        self,
+        position: Position,
+        inputs: Sequence[Tensor],
+        step: int | None,
+        link: Link = Link.UNKNOWN,
+    ) -> Position:
         """Where the trajectory stands with this call.
 
         Args:
             position: where it stood before.
             inputs: the call's tensors, in graph order.
             step: what the caller says, or None.
+            link: how the call's latent is related to the last call's.
 
         Raises:
             SessionError: the call does not fit the trajectory.
@@ -66,12 +78,15 @@ class Tracking:
             )
         else:
             time = timestep_of(inputs[self.input])
-            step = self._by_time(position, time)
+            step = self._by_time(position, time, inputs[self.input].dtype, link)
+            if step == position.step + 1 > 0 and link is Link.APART and position.continuous:
+                step = self._begun_anew(position, time)
         if step == 0:
             if position.step not in (-1, self.steps - 1):
+                what = "a new trajectory begins though the last one ended after "
                 warnings.warn(
-                    f"a new trajectory begins though the last one ended after "
-                    f"{position.step + 1} of {self.steps} steps",
+                    f"{what}{position.step + 1} of {self.steps} steps",
+                    UnfinishedWarning,
                     stacklevel=4,
                 )
         elif step != position.step + 1:
@@ -80,7 +95,22 @@ class Tracking:
                 expected=self._expected(position),
                 remedy=_REPEATED if time is not None and step == position.step else "",
             )
-        return self._moved(position, step, time)
+        moved = self._moved(position, step, time)
+        goes_on = position.continuous or (step > 0 and link is Link.FOLLOWS)
+        return replace(moved, continuous=goes_on)
+
+    def _begun_anew(self, position: Position, time: float) -> int:
+        """The step of another image's call at a time that could be the next one of the last."""
+        if self.timesteps is None and not position.learned:
+            return 0
+        raise SessionError(
+            f"the latent at timestep {time:g} was not made from the last call's",
+            place=f"step {position.step}",
+            expected=self._expected(position),
+            found="what looks like another image",
+            remedy="call reset() after an aborted image; an image that begins at a later timestep "
+            "needs a schedule of its own steps",
+        )
 
     def _moved(self, position: Position, step: int, time: float | None) -> Position:
         """The position after a call; a whole trajectory teaches the timesteps of the next."""
@@ -108,12 +138,15 @@ class Tracking:
             )
         return number
 
-    def _by_time(self, position: Position, time: float) -> int:
+    def _by_time(self, position: Position, time: float, dtype: torch.dtype, link: Link) -> int:
         known = self.timesteps
         if known is None:
-            return self._by_order(position, time)
+            return self._by_order(position, time, link)
         near = min(range(self.steps), key=lambda s: abs(known[s] - time))
         if not _near(known[near], time):
+            rounded = [s for s, t in enumerate(known) if _near(_rounded(t, dtype), time)]
+            if rounded:  # neighbours may round to one value
+                return position.step + 1 if position.step + 1 in rounded else rounded[0]
             raise SessionError(
                 f"timestep {time:g} is not one of the schedule's",
                 expected=f"{self._expected(position)}; nearest {known[near]:g}",
@@ -121,11 +154,13 @@ class Tracking:
             )
         return near
 
-    def _by_order(self, position: Position, time: float) -> int:
+    def _by_order(self, position: Position, time: float, link: Link) -> int:
         """By the timesteps of the last whole trajectory, else by whether time goes on."""
         following, before = position.step + 1, position.time
         if position.step < 0 or (before is None and following == self.steps):
             return 0
+        if time == before and link is Link.FOLLOWS and following < self.steps:
+            return following  # rounded to the timestep before, or a sampler that repeats it
         if time == before and position.step > 0 and self.steps > 1:
             raise SessionError(
                 f"timestep {time:g} is called twice",
@@ -152,7 +187,7 @@ class Tracking:
 
     def _next(self, position: Position) -> int:
         if position.step + 1 >= self.steps:
-            raise SessionError(
+            raise TooManyCallsError(
                 f"call {position.step + 2} of {self.steps}",
                 expected=f"a trajectory of {self.steps} steps, then a new one",
                 remedy="compile a schedule with the sampler's number of steps, or call reset()",
@@ -182,12 +217,14 @@ class Position:
         times: timesteps of the trajectory's calls that were read.
         learned: all timesteps of the last trajectory that was whole; empty where there is none or
             one has begun at another timestep since.
+        continuous: the latents of this session's calls were seen to follow from one another.
     """
 
     step: int = -1
     time: float | None = None
     times: tuple[float, ...] = ()
     learned: tuple[float, ...] = ()
+    continuous: bool = False
 
 
 def timestep_of(timestep: Tensor) -> float:
@@ -259,7 +296,9 @@ def make_tracking(
     found = timestep_input(signature)
     if found is not None:
         _check_whole(*signature.inputs[found], timesteps or ())
-    return Tracking(steps, found, track == "count", timesteps, ascending)
+    latent = next((i for i in range(len(signature.inputs)) if i != found), None)
+    told = latent if found is not None and track == "timestep" else None
+    return Tracking(steps, found, track == "count", timesteps, ascending, told)
 
 
 def timestep_input(signature: CallSignature) -> int | None:
@@ -277,6 +316,10 @@ def _check_whole(name: str, spec: TensorSpec, timesteps: Sequence[float]) -> Non
             found=str(broken[0]),
             remedy="give them as the sampler passes them to the model",
         )
+
+
+def _rounded(time: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(time, dtype=dtype)) if dtype.is_floating_point else time
 
 
 def _near(one: float, other: float) -> bool:

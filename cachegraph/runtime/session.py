@@ -1,0 +1,201 @@
+"""Sessions: the state of trajectories being sampled, over the graphs and weights of a runner."""
+
+from __future__ import annotations
+
+import atexit
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from cachegraph.errors import SessionError, TooManyCallsError, UnfinishedWarning
+
+from .continuity import Link, Trail
+from .cuda_graph import Replays
+from .known import KnownValues
+from .program import Made
+from .tracking import Position
+
+if TYPE_CHECKING:
+    from .runner import Runner
+
+
+@dataclass
+class _Branch:
+    """The state of one trajectory of cond or uncond calls.
+
+    A call changes it only when it has succeeded, so a failed one can be repeated.
+    """
+
+    known: KnownValues
+    trail: Trail | None = None
+    position: Position = field(default_factory=Position)
+    shapes: tuple[tuple[object, ...], ...] = ()
+    values: dict[Made, Tensor] = field(default_factory=dict)
+    replays: Replays | None = None  # in place of values, where CUDA graphs are used
+
+
+class Session:
+    """One trajectory being sampled; independent of all others over the same weights.
+
+    Sessions may interleave and may run in threads of their own; one session serves one thread.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._step_index: int | None = None
+        self._recorder = runner.recorder() if runner.recorder is not None else None
+        self._branches: dict[str, _Branch] = {}
+        self._branch_name = ""
+        _OPEN.add(self)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, step: int | None = None, **kwargs: Any) -> Any:
+        """Call the model for one step.
+
+        Args:
+            args: as the traced model takes them.
+            step: the step, where the sampler knows it; else it is found from the timestep.
+            kwargs: as the traced model takes them.
+
+        Returns:
+            What the traced model returns.
+
+        Raises:
+            SessionError: the call does not have the traced form, or does not fit the trajectory.
+        """
+        runner = self._runner
+        signature = runner.program.signature
+        inputs = signature.flatten(args, kwargs)
+        branch = self._branches.get(self._branch_name) or _Branch(runner.known_values())
+        self._branches[self._branch_name] = branch
+        position = self._locate(branch, inputs, self._step_index if step is None else step)
+        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
+        if position.step == 0:
+            runner.check_inputs(inputs, self._branch_name)
+            runner.check_weights()
+            branch.values.clear()
+            if self._recorder is not None and shapes != branch.shapes:
+                branch.replays = runner.replays(self._recorder)
+            branch.known.begin(inputs)
+            branch.shapes, branch.position = shapes, Position(learned=position.learned)
+        elif shapes != branch.shapes:
+            self._refuse_change(branch, shapes, position.step)
+        known = branch.known.at(position.step, inputs)
+        if branch.replays is None:
+            outputs = runner.run_step(position.step, inputs, branch.values, known)
+        else:
+            constants = runner.constants(position.step)
+            outputs = branch.replays.run(position.step, inputs, constants, known)
+        branch.position = position
+        latent = runner.tracking.latent
+        branch.trail = None if latent is None else Trail.of(inputs[latent], outputs)
+        return signature.unflatten(outputs, kwargs.get("return_dict"))
+
+    def _locate(self, branch: _Branch, inputs: Sequence[Tensor], step: int | None) -> Position:
+        tracking, link = self._runner.tracking, Link.UNKNOWN
+        if branch.trail is not None and tracking.latent is not None and step is None:
+            link = branch.trail.link(inputs[tracking.latent])
+        try:
+            return tracking.locate(branch.position, inputs, step, link)
+        except TooManyCallsError:
+            # These were the calls of a longer trajectory: nothing is to be learned from them.
+            branch.position = replace(branch.position, learned=(), times=())
+            raise
+
+    def reset(self) -> None:
+        """Forget every value and recorded graph, and begin a new trajectory.
+
+        Warns:
+            UnfinishedWarning: a trajectory ends before the schedule's last step.
+        """
+        steps, branches = len(self._runner.program.steps), self._branches
+        self._branches = {}
+        for name, branch in branches.items():
+            done = branch.position.step + 1
+            if 0 < done < steps:
+                of = f" of {name!r}" if name else ""
+                warnings.warn(
+                    f"a trajectory{of} ends after {done} of {steps} steps; a sampler of {done} "
+                    f"steps needs a schedule of {done} steps (where timesteps are said, "
+                    "cachegraph.load(..., timesteps=[...]), its first call is refused)",
+                    UnfinishedWarning,
+                    stacklevel=3,
+                )
+
+    def __del__(self) -> None:
+        """A session that nobody has any more tells what it leaves unfinished."""
+        self.reset()
+
+    @contextmanager
+    def cache_context(
+        self,
+        name: str,
+        *,
+        step_index: int | None = None,
+        num_inference_steps: int | None = None,
+        sigma: object = None,
+    ) -> Iterator[None]:
+        """Name the branch that the calls inside belong to, such as ``cond`` or ``uncond``.
+
+        Args:
+            name: of the branch.
+            step_index: the step of the calls inside, where the sampler knows it.
+            num_inference_steps: of the sampler.
+            sigma: of the step; the calls' timesteps say the same.
+
+        Raises:
+            SessionError: the sampler has another number of steps than the schedule.
+        """
+        steps = len(self._runner.program.steps)
+        if num_inference_steps not in (None, steps):
+            raise SessionError(
+                "the sampler has another number of steps than the schedule",
+                expected=str(steps),
+                found=str(num_inference_steps),
+                remedy=f"compile a schedule with steps: {num_inference_steps}",
+            )
+        before = self._branch_name, self._step_index
+        self._branch_name, self._step_index = name, step_index
+        try:
+            yield
+        finally:
+            self._branch_name, self._step_index = before
+
+    def cache_bytes(self) -> int:
+        """Bytes of the values that are kept now, over all branches."""
+        recorded = sum(b.replays.nbytes for b in self._branches.values() if b.replays is not None)
+        return recorded + sum(t.nbytes for b in self._branches.values() for t in b.values.values())
+
+    def known_bytes(self) -> int:
+        """Bytes of the values known beforehand that are held now, over all branches."""
+        return sum(b.known.nbytes for b in self._branches.values())
+
+    def _refuse_change(
+        self, branch: _Branch, shapes: tuple[tuple[object, ...], ...], step: int
+    ) -> None:
+        names = [name for name, _ in self._runner.program.signature.inputs]
+        for name, before, now in zip(names, branch.shapes, shapes, strict=True):
+            if before != now:
+                raise SessionError(
+                    f"input {name!r} changed in the middle of a trajectory",
+                    place=f"step {step}",
+                    expected=" ".join(map(str, before)),
+                    found=" ".join(map(str, now)),
+                    remedy="begin a new trajectory with the first timestep, or use a session each",
+                )
+
+
+_OPEN: WeakSet[Session] = WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    """What is still open when the process ends is told then."""
+    for session in list(_OPEN):
+        session.reset()
