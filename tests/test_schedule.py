@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,12 +17,14 @@ from pydantic import BaseModel, ValidationError
 
 from cachegraph.config.yaml_lines import write_yaml
 from cachegraph.errors import InputError, ScheduleError
-from cachegraph.methods.policies import FoRAPolicy, FullPolicy, Policy, TablePolicy
+from cachegraph.methods import METHODS
+from cachegraph.methods.fora import Fora
+from cachegraph.methods.full import Full
+from cachegraph.methods.table import Table
 from cachegraph.schedule.schedule import Schedule, SiteFilter, load_schedule, presets
 
 BAD = sorted((Path(__file__).parent / "bad_schedules").iterdir())
 MARK = "# expect: "
-POLICIES: tuple[type[BaseModel], ...] = get_args(get_args(Policy)[0])
 
 
 def load_text(folder: Path, text: str) -> Schedule:
@@ -168,7 +170,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_class_itself_refuses_too() -> None:
     with pytest.raises(ValidationError, match="step 0 cannot reuse"):
-        Schedule(cachegraph=1, steps=4, policy=TablePolicy(method="table", reuse_steps=(0,)))
+        Schedule(cachegraph=1, steps=4, policy=Table(method="table", reuse_steps=(0,)))
     with pytest.raises(ValidationError, match="frozen"):
         load_schedule("fora-n3").steps = 3
 
@@ -178,7 +180,7 @@ def test_the_class_itself_refuses_too() -> None:
 
 def test_defaults(tmp_path: Path) -> None:
     schedule = load_text(tmp_path, "cachegraph: 1\nsteps: 4\npolicy: {method: fora, interval: 2}\n")
-    assert schedule.policy == FoRAPolicy(method="fora", interval=2, count="down")
+    assert schedule.policy == Fora(method="fora", interval=2, count="down")
     assert schedule.sites == SiteFilter(
         kinds=("attn", "cross_attn", "mlp"), include=("*",), exclude=()
     )
@@ -197,7 +199,7 @@ def test_all_keys() -> None:
             max_variants=3,
         )
     )
-    assert schedule.policy == TablePolicy(method="table", rows=("compute", (0, 1), (1, 0), "reuse"))
+    assert schedule.policy == Table(method="table", rows=("compute", (0, 1), (1, 0), "reuse"))
     assert schedule.sites == SiteFilter(
         kinds=("mlp",), include=("blocks.*",), exclude=("blocks.0.*",)
     )
@@ -208,9 +210,9 @@ def test_all_keys() -> None:
 
 def test_reuse_steps_may_be_any_steps_but_the_first() -> None:
     policy = load_schedule(make(policy={"method": "table", "reuse_steps": [1, 3]})).policy
-    assert policy == TablePolicy(method="table", reuse_steps=(1, 3))
+    assert policy == Table(method="table", reuse_steps=(1, 3))
     policy = load_schedule(make(policy={"method": "table", "reuse_steps": []})).policy
-    assert policy == TablePolicy(method="table", reuse_steps=())
+    assert policy == Table(method="table", reuse_steps=())
 
 
 def test_file_dict_and_schedule_are_equal(tmp_path: Path) -> None:
@@ -250,7 +252,7 @@ def test_anchors_and_aliases(tmp_path: Path) -> None:
         "cachegraph: 1\nsteps: 4\npolicy:\n  method: table\n"
         "  rows: [compute, &half [0, 1], *half, reuse]\n",
     )
-    assert schedule.policy == TablePolicy(method="table", rows=("compute", (0, 1), (0, 1), "reuse"))
+    assert schedule.policy == Table(method="table", rows=("compute", (0, 1), (0, 1), "reuse"))
 
 
 # Where things stand.
@@ -302,7 +304,7 @@ def test_where_without_a_file() -> None:
     assert schedule.where("steps") == "schedule: steps"
     assert schedule.where("policy", "rows", 3) == "schedule: policy.rows[3]"
     assert schedule.where("policy", "rows", 3, 0) == "schedule: policy.rows[3][0]"
-    built = Schedule(cachegraph=1, steps=4, policy=FullPolicy(method="full"))
+    built = Schedule(cachegraph=1, steps=4, policy=Full(method="full"))
     assert built.where("steps") == "schedule: steps"
 
 
@@ -360,7 +362,7 @@ def test_kinds_are_those_of_sites() -> None:
     assert SiteFilter().kinds == tuple(kind for kind in SiteKind if kind is not SiteKind.STACK)
 
 
-@pytest.mark.parametrize("model", [Schedule, SiteFilter, *POLICIES])
+@pytest.mark.parametrize("model", [Schedule, SiteFilter, *METHODS])
 def test_every_key_says_what_is_expected(model: type[BaseModel]) -> None:
     for name, info in model.model_fields.items():
         assert info.description or name == "method", f"{model.__name__}.{name}"

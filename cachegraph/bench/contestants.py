@@ -21,7 +21,7 @@ from cachegraph.passes import OPTIONAL
 from cachegraph.plan.plan import Plan
 from cachegraph.runtime.known import StepFunction
 from cachegraph.runtime.runner import Runner
-from cachegraph.schedule.schedule import Schedule, load_schedule
+from cachegraph.schedule.schedule import uncached
 from cachegraph.spec import TensorSpec
 
 from .choice import without_choice
@@ -258,7 +258,7 @@ def make_contestants(
     builds: dict[tuple[str, ...], Build] = {}
     found: list[Contestant] = []
     for number, entry in enumerate(entries):
-        schedule = entry.schedule or full_schedule(steps)
+        schedule = entry.schedule or uncached(steps)
         disable = entry.disable if entry.schedule else OPTIONAL
         key = schedule.digest(), *disable
         if key not in builds:
@@ -272,8 +272,3 @@ def make_contestants(
         else:
             found.append(_Compiled(entry, built, inputs, choice))
     return found
-
-
-def full_schedule(steps: int) -> Schedule:
-    """The schedule that caches nothing."""
-    return load_schedule({"cachegraph": 1, "steps": steps, "policy": {"method": "full"}})
