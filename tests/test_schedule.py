@@ -1,7 +1,8 @@
 """Schedules: what is refused and how it is said, and what a good one holds.
 
 Each file of ``bad_schedules`` begins with the message that it must give, a comment line a line of
-the message, with the file's name as its path. So a new refusal is one new file.
+the message, with the file's name as its path and METHODS for the names of all methods. So a new
+refusal is one new file.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def make(**keys: Any) -> dict[str, Any]:
 def test_bad_schedule_is_refused_as_its_first_lines_say(path: Path) -> None:
     assert path.suffix == ".yaml"
     lines = path.read_text(encoding="utf-8").splitlines()
-    expected = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    listed = ", ".join(sorted(method.name() for method in METHODS))
+    marked = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    expected = [line.replace("METHODS", listed) for line in marked]
     assert expected, f"{path} does not say what to expect"
     assert fails(path).replace(str(path), path.name).splitlines() == expected
 

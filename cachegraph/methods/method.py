@@ -15,6 +15,7 @@ from cachegraph.plan.action import Compute, Reuse, Row
 from cachegraph.plan.selection import Selection
 
 PRESETS = Path(__file__).parents[1] / "schedules"
+EXAMPLE_STEPS = 7
 NOTHING_YET = "nothing has been computed yet"
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class Method(Section):
         skips_stack: it may reuse what all blocks hand out together, so it rules the ``stack`` too.
         chooses_tokens: it recomputes some tokens of a site.
         file_keys: the keys that name a file.
-        example: keys that make a short schedule, for tests.
+        example: keys that make a schedule of ``EXAMPLE_STEPS`` steps, for tests.
     """
 
     correctable: ClassVar[bool] = False

@@ -73,7 +73,7 @@ class SmoothCache(Method):
 
     correctable: ClassVar[bool] = True
     file_keys: ClassVar[tuple[str, ...]] = ("file",)
-    example: ClassVar = {"lists": {"attn": [1, 0, 1, 0, 0, 1], "mlp": [1, 1, 0, 0, 1, 1]}}
+    example: ClassVar = {"lists": {"attn": [1, 0, 1, 0, 0, 1, 0], "mlp": [1, 1, 0] * 2 + [0]}}
 
     method: Literal["smoothcache"]
     file: str | None = Field(
