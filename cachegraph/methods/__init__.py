@@ -3,6 +3,7 @@
 from .duca import Duca
 from .fora import Fora
 from .full import Full
+from .hermite import Hermite
 from .method import Method
 from .router import Router
 from .smoothcache import SmoothCache
@@ -17,6 +18,7 @@ METHODS: tuple[type[Method], ...] = (
     Router,
     SmoothCache,
     TaylorSeer,
+    Hermite,
     Toca,
     Duca,
 )
