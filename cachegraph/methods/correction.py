@@ -15,7 +15,7 @@ from cachegraph.config.problems import Problem
 from cachegraph.config.sections import Section
 from cachegraph.errors import PlanError
 from cachegraph.model.site import Site, SiteKind, block_of
-from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, Row
+from cachegraph.plan.action import Action, Forecast, Reuse, Row
 
 _Partners = dict[int, tuple[int, ...]]  # site -> the other attn and mlp sites of its block
 
@@ -78,7 +78,7 @@ class GOCCorrection(Section):
             for i, action in enumerate(row):
                 weight = self.weight if wanted and _is_open(row, i, partners) else 0
                 actions[i] = _action(action, used[i], weight)
-                used[i].append(_made_at(actions[i], step))
+                used[i].append(made.source if isinstance(made := actions[i], Reuse) else step)
             corrected.append(tuple(actions))
         return tuple(corrected)
 
@@ -95,14 +95,6 @@ def _action(action: Action, used: Sequence[int], weight: float) -> Action:
     if weight and len(used) > 1 and used[-2] != newest:
         return Forecast((newest, used[-2]), (1 + weight, -weight), keeps=True)
     return Reuse(newest)
-
-
-def _made_at(action: Action, step: int) -> int:
-    match action:
-        case Reuse(source):
-            return source
-        case Compute() | Forecast() | Refresh():
-            return step
 
 
 def _partners(sites: Sequence[Site]) -> _Partners:

@@ -46,12 +46,7 @@ class Router(Method):
             yield Problem(("semantics",), what, "an even number of steps", f"{steps}", remedy)
 
     def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
-        """What the mask says of attn and mlp; all else is computed.
-
-        Raises:
-            InputError: the file is no router and no mask.
-            PlanError: it was made for another number of steps or blocks.
-        """
+        """What the mask says of attn and mlp; all else is computed."""
         mask = read_router(self.find("file"), self.threshold, self.semantics)
         self._check_fit(mask, steps, sites.model)
         columns = {SiteKind.ATTN: mask.attn, SiteKind.MLP: mask.mlp}

@@ -98,12 +98,7 @@ class SmoothCache(Method):
             yield Problem((), what, "one of the two")
 
     def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
-        """What the lists say; sites without a list are computed.
-
-        Raises:
-            PlanError: the file is no SmoothCache schedule, a list does not fit the number of
-                steps, or a key matches no site of the model.
-        """
+        """What the lists say; sites without a list are computed."""
         path = None if self.file is None else self.find("file")
         lists = dict(self.lists or ()) if path is None else _read(path, steps)
         keys = [_keys(site) for site in sites.model]

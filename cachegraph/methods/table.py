@@ -109,11 +109,7 @@ class Table(Method):
                 yield Problem(("rows", at), what, expected, f"{len(row)}")
 
     def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
-        """What is written, where it speaks of the ruled sites.
-
-        Raises:
-            PlanError: a row has not one number a site of the model.
-        """
+        """What is written, where it speaks of the ruled sites."""
         if self.rows is None:
             reused = set(self.reuse_steps or ())
             return resolve([[step not in reused] * len(sites) for step in range(steps)])

@@ -40,19 +40,11 @@ class TokenMethod(TokenKeys):
     """What follows from the keys of ToCa and DuCa."""
 
     def make_selection(self, sites: Ruled) -> Selection | None:
-        """How tokens are chosen, where a share of them is.
-
-        Raises:
-            PlanError: the score is not to be had, or the tokens form no grid of whole cells.
-        """
+        """How tokens are chosen, where a share of them is."""
         return choose(self, sites) if self.fresh_ratio else None
 
     def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
-        """What every step does at the ruled sites.
-
-        Raises:
-            PlanError: the method does not fit the model.
-        """
+        """What every step does at the ruled sites."""
         types = self.step_types(steps)
         choice, counts = None, dict[str, int]()
         if any(StepType.PARTIAL in pair for pair in types):
