@@ -19,6 +19,8 @@ from torch.utils import _pytree
 import cachegraph as cg
 from cachegraph.compiler import compile as compiler
 from cachegraph.errors import SessionError
+from cachegraph.methods.method import EXAMPLE_STEPS, Method
+from cachegraph.methods.router_file import Mask, mask_to_yaml
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.zoo import DiT, PixArt
 
@@ -82,6 +84,20 @@ TOCA = {  # its partial steps recompute three different numbers of tokens
     "steps": 7,
     "policy": {"method": "toca", "interval": 4, "fresh_ratio": 0.3, "quirks": False},
 }
+
+
+def example(method: type[Method], folder: Path, depth: int = 2) -> dict[str, Any]:
+    """The schedule that a method gives as its example, for a model of so many blocks.
+
+    A file that it names is made: a mask that reuses attention and mlp in turn.
+    """
+    policy = {"method": method.name(), **method.example}
+    for key in set(method.file_keys) & set(policy):
+        mask = tuple((step % 2 == 0,) * depth for step in range(EXAMPLE_STEPS))
+        other = tuple((step % 3 == 0,) * depth for step in range(EXAMPLE_STEPS))
+        policy[key] = str(folder / str(policy[key]))
+        Path(policy[key]).write_text(mask_to_yaml(Mask(mask, other), method.name()))
+    return {"cachegraph": 1, "steps": EXAMPLE_STEPS, "policy": policy}
 
 
 def fora(steps: int, interval: int, **more: Any) -> dict[str, Any]:

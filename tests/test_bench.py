@@ -17,7 +17,7 @@ from cachegraph import cli
 from cachegraph.bench import bench
 from cachegraph.bench.bench import run_bench
 from cachegraph.bench.choice import without_choice
-from cachegraph.bench.contestants import _points, full_schedule, make_contestants
+from cachegraph.bench.contestants import _points, make_contestants
 from cachegraph.bench.report import _brief, _spread
 from cachegraph.bench.result import UNCACHED, Entry, Spread
 from cachegraph.compiler.compile import Build, assemble, build
@@ -25,6 +25,7 @@ from cachegraph.errors import BackendError
 from cachegraph.graph.step_graph import StepGraph
 from cachegraph.model.trace import trace
 from cachegraph.runtime.known import StepFunction
+from cachegraph.schedule.schedule import uncached
 from tests.models import TOCA as KEEPS_LITTLE
 from tests.models import dit_steps, fora, one_thread, relative_error, tiny_dit  # noqa: F401
 
@@ -85,7 +86,7 @@ def test_a_trajectory_is_the_sum_over_its_steps(toca: Build) -> None:
 def test_the_baseline_is_the_model_as_it_is(toca: Build) -> None:
     model, call = tiny_dit(), dit_steps(1)[0]
     entries = [Entry(UNCACHED, None, name) for name in ("eager", "inductor")]
-    entries += [Entry("toca", toca.schedule, "eager"), Entry("full", full_schedule(8), "eager")]
+    entries += [Entry("toca", toca.schedule, "eager"), Entry("full", uncached(8), "eager")]
     found = make_contestants(model, trace(model, call), call, {}, entries, False, silent)
     assert [bool(one.built.reports[-1].rewrites) for one in found] == [False, False, True, True]
     assert [one.built.graphs[0].prologue is None for one in found] == [True, True, False, False]

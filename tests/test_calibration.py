@@ -17,10 +17,11 @@ from cachegraph.calibrate.result import (
     smoothcache_lists,
     smoothcache_schedule,
 )
+from cachegraph.methods.method import resolve
 from cachegraph.model.site import Site, SiteKind
 from cachegraph.plan.action import Compute, Row
 from cachegraph.plan.plan import make_plan
-from cachegraph.schedule.rows import make_rows, resolve
+from cachegraph.schedule.rows import make_rows
 from cachegraph.schedule.schedule import load_schedule
 
 

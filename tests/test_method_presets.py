@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachegraph.methods.policies import RouterPolicy, SmoothCachePolicy
+from cachegraph.methods.router import Router
 from cachegraph.methods.router_file import read_router
+from cachegraph.methods.smoothcache import SmoothCache
 from cachegraph.model.site import Site, SiteKind
 from cachegraph.plan.action import Compute
 from cachegraph.plan.plan import make_plan
@@ -68,7 +69,7 @@ def test_presets_compute_as_many_steps_as_they_say(name: str, computed: int) -> 
 @pytest.mark.parametrize(("name", "file"), FILES.items())
 def test_presets_name_the_published_file(name: str, file: str) -> None:
     policy = load_schedule(name).policy
-    assert isinstance(policy, RouterPolicy | SmoothCachePolicy)
+    assert isinstance(policy, Router | SmoothCache)
     assert policy.file == file
     comment = presets()[name].read_text(encoding="utf-8").partition("cachegraph:")[0]
     folder = "smoothcache_schedules of Roblox/SmoothCache" if "smooth" in name else file

@@ -16,7 +16,8 @@ from cachegraph.backends.named import named_graphs
 from cachegraph.backends.tensorrt import backend as tensorrt
 from cachegraph.compiler import pipeline
 from cachegraph.graph import ops
-from cachegraph.methods.policies import RouterPolicy, SmoothCachePolicy
+from cachegraph.methods.router import Router
+from cachegraph.methods.smoothcache import SmoothCache
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.schedule.schedule import Schedule, load_schedule, presets
 from cachegraph.zoo import DiT, PixArt, load_digits_model, sample_digits
@@ -135,10 +136,10 @@ def seen() -> dict[str, list[str]]:
 def write_list_of(schedule: Schedule, folder: Path) -> None:
     """In place of the published file of a preset: one for a model of two blocks."""
     policy, steps = schedule.policy, schedule.steps
-    if isinstance(policy, RouterPolicy):
+    if isinstance(policy, Router):
         scores = {f"{i}.prob": torch.tensor([-3.0, -3, 3, -3]) for i in range(steps)}
         torch.save({"routers": scores}, folder / str(policy.file))
-    if isinstance(policy, SmoothCachePolicy) and policy.file:
+    if isinstance(policy, SmoothCache) and policy.file:
         lists = {kind: ([1, 0] * steps)[:steps] for kind in ("attn", "mlp")}
         (folder / policy.file).write_text(json.dumps(lists))
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cachegraph.errors import PlanError, SiteError
-from cachegraph.methods import fora
-from cachegraph.methods.policies import FoRAPolicy
+from cachegraph.methods.fora import Fora
+from cachegraph.methods.method import resolve
 from cachegraph.model.site import Site, SiteKind, SiteValue
 from cachegraph.plan.action import Compute, Reuse, Row
-from cachegraph.schedule.rows import make_rows, resolve
+from cachegraph.schedule.rows import make_rows
 from cachegraph.schedule.schedule import load_schedule
 from cachegraph.spec import TensorSpec
 
@@ -45,7 +45,7 @@ def computed(made: tuple[Row, ...]) -> list[list[int]]:
 def test_fora_computes_as_often_as_the_published_code(
     steps: int, interval: int, count: int
 ) -> None:
-    full = fora.full_steps(FoRAPolicy(method="fora", interval=interval), steps)
+    full = Fora(method="fora", interval=interval).full_steps(steps)
     # The published loop, counted down: i = T - 1 first.
     wanted = {
         steps - 1 - i for i in range(steps - 1, -1, -1) if i == steps - 1 or i % interval == 0

@@ -9,7 +9,7 @@ import pytest
 
 from cachegraph.config.yaml_lines import read_yaml
 from cachegraph.errors import ScheduleError
-from cachegraph.methods.policies import FoRAPolicy
+from cachegraph.methods.fora import Fora
 from cachegraph.schedule.schedule import load_schedule, presets
 
 BASE = {"cachegraph": 1, "policy": {"method": "full"}}
@@ -45,9 +45,9 @@ def test_presets_say_where_their_files_are(tmp_path: Path, monkeypatch: pytest.M
     )
     checked = 0
     for schedule in map(load_schedule, presets()):
-        if (name := getattr(schedule.policy, "file", None)) is not None:
+        if getattr(schedule.policy, "file", None) is not None:
             with pytest.raises(ScheduleError) as caught:
-                schedule.file(name, "policy", "file")
+                schedule.policy.files()
             assert len(reading.findall(caught.value.remedy)) == 1, caught.value
             assert ". " not in caught.value.remedy  # one sentence, not the whole comment
             checked += 1
@@ -57,7 +57,7 @@ def test_presets_say_where_their_files_are(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("name", "computed"), COMPUTED.items())
 def test_presets_compute_as_many_steps_as_their_comment_says(name: str, computed: int) -> None:
     schedule = load_schedule(name)
-    assert isinstance(schedule.policy, FoRAPolicy)
+    assert isinstance(schedule.policy, Fora)
     interval, last = schedule.policy.interval, schedule.steps - 1
     counts = range(last, -1, -1) if schedule.policy.count == "down" else range(schedule.steps)
     assert sum(step == 0 or at % interval == 0 for step, at in enumerate(counts)) == computed

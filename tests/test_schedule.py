@@ -1,14 +1,15 @@
 """Schedules: what is refused and how it is said, and what a good one holds.
 
 Each file of ``bad_schedules`` begins with the message that it must give, a comment line a line of
-the message, with the file's name as its path. So a new refusal is one new file.
+the message, with the file's name as its path and METHODS for the names of all methods. So a new
+refusal is one new file.
 """
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,12 +18,14 @@ from pydantic import BaseModel, ValidationError
 
 from cachegraph.config.yaml_lines import write_yaml
 from cachegraph.errors import InputError, ScheduleError
-from cachegraph.methods.policies import FoRAPolicy, FullPolicy, Policy, TablePolicy
+from cachegraph.methods import METHODS
+from cachegraph.methods.fora import Fora
+from cachegraph.methods.full import Full
+from cachegraph.methods.table import Table
 from cachegraph.schedule.schedule import Schedule, SiteFilter, load_schedule, presets
 
 BAD = sorted((Path(__file__).parent / "bad_schedules").iterdir())
 MARK = "# expect: "
-POLICIES: tuple[type[BaseModel], ...] = get_args(get_args(Policy)[0])
 
 
 def load_text(folder: Path, text: str) -> Schedule:
@@ -48,7 +51,9 @@ def make(**keys: Any) -> dict[str, Any]:
 def test_bad_schedule_is_refused_as_its_first_lines_say(path: Path) -> None:
     assert path.suffix == ".yaml"
     lines = path.read_text(encoding="utf-8").splitlines()
-    expected = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    listed = ", ".join(sorted(method.name() for method in METHODS))
+    marked = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    expected = [line.replace("METHODS", listed) for line in marked]
     assert expected, f"{path} does not say what to expect"
     assert fails(path).replace(str(path), path.name).splitlines() == expected
 
@@ -168,7 +173,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_class_itself_refuses_too() -> None:
     with pytest.raises(ValidationError, match="step 0 cannot reuse"):
-        Schedule(cachegraph=1, steps=4, policy=TablePolicy(method="table", reuse_steps=(0,)))
+        Schedule(cachegraph=1, steps=4, policy=Table(method="table", reuse_steps=(0,)))
     with pytest.raises(ValidationError, match="frozen"):
         load_schedule("fora-n3").steps = 3
 
@@ -178,7 +183,7 @@ def test_the_class_itself_refuses_too() -> None:
 
 def test_defaults(tmp_path: Path) -> None:
     schedule = load_text(tmp_path, "cachegraph: 1\nsteps: 4\npolicy: {method: fora, interval: 2}\n")
-    assert schedule.policy == FoRAPolicy(method="fora", interval=2, count="down")
+    assert schedule.policy == Fora(method="fora", interval=2, count="down")
     assert schedule.sites == SiteFilter(
         kinds=("attn", "cross_attn", "mlp"), include=("*",), exclude=()
     )
@@ -197,7 +202,7 @@ def test_all_keys() -> None:
             max_variants=3,
         )
     )
-    assert schedule.policy == TablePolicy(method="table", rows=("compute", (0, 1), (1, 0), "reuse"))
+    assert schedule.policy == Table(method="table", rows=("compute", (0, 1), (1, 0), "reuse"))
     assert schedule.sites == SiteFilter(
         kinds=("mlp",), include=("blocks.*",), exclude=("blocks.0.*",)
     )
@@ -208,9 +213,9 @@ def test_all_keys() -> None:
 
 def test_reuse_steps_may_be_any_steps_but_the_first() -> None:
     policy = load_schedule(make(policy={"method": "table", "reuse_steps": [1, 3]})).policy
-    assert policy == TablePolicy(method="table", reuse_steps=(1, 3))
+    assert policy == Table(method="table", reuse_steps=(1, 3))
     policy = load_schedule(make(policy={"method": "table", "reuse_steps": []})).policy
-    assert policy == TablePolicy(method="table", reuse_steps=())
+    assert policy == Table(method="table", reuse_steps=())
 
 
 def test_file_dict_and_schedule_are_equal(tmp_path: Path) -> None:
@@ -250,7 +255,7 @@ def test_anchors_and_aliases(tmp_path: Path) -> None:
         "cachegraph: 1\nsteps: 4\npolicy:\n  method: table\n"
         "  rows: [compute, &half [0, 1], *half, reuse]\n",
     )
-    assert schedule.policy == TablePolicy(method="table", rows=("compute", (0, 1), (0, 1), "reuse"))
+    assert schedule.policy == Table(method="table", rows=("compute", (0, 1), (0, 1), "reuse"))
 
 
 # Where things stand.
@@ -302,7 +307,7 @@ def test_where_without_a_file() -> None:
     assert schedule.where("steps") == "schedule: steps"
     assert schedule.where("policy", "rows", 3) == "schedule: policy.rows[3]"
     assert schedule.where("policy", "rows", 3, 0) == "schedule: policy.rows[3][0]"
-    built = Schedule(cachegraph=1, steps=4, policy=FullPolicy(method="full"))
+    built = Schedule(cachegraph=1, steps=4, policy=Full(method="full"))
     assert built.where("steps") == "schedule: steps"
 
 
@@ -360,7 +365,7 @@ def test_kinds_are_those_of_sites() -> None:
     assert SiteFilter().kinds == tuple(kind for kind in SiteKind if kind is not SiteKind.STACK)
 
 
-@pytest.mark.parametrize("model", [Schedule, SiteFilter, *POLICIES])
+@pytest.mark.parametrize("model", [Schedule, SiteFilter, *METHODS])
 def test_every_key_says_what_is_expected(model: type[BaseModel]) -> None:
     for name, info in model.model_fields.items():
         assert info.description or name == "method", f"{model.__name__}.{name}"

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachegraph.errors import PlanError, ScheduleError
-from cachegraph.methods import ratios, toca
-from cachegraph.methods.tokens import TokenPolicy
-from cachegraph.model.site import Site
+from cachegraph.methods import ratios
+from cachegraph.methods.tokens import StepType, TokenMethod, _stack_column
+from cachegraph.model.site import Site, blocks_of
 from cachegraph.plan.action import Compute, Refresh, Reuse, Row, makes_value, sources
 from cachegraph.plan.selection import Score, Selection
 from cachegraph.schedule.rows import make_rows, make_selection
@@ -117,8 +117,8 @@ def test_duca_skips_the_stack() -> None:
 
 
 def test_two_skipped_steps_in_a_row_take_the_same_value() -> None:
-    kinds = [toca.StepType.FULL, toca.StepType.SKIP, toca.StepType.SKIP, toca.StepType.PARTIAL]
-    assert toca._stack_column(kinds) == [Compute(), Reuse(0), Reuse(0), Compute()]
+    kinds = [StepType.FULL, StepType.SKIP, StepType.SKIP, StepType.PARTIAL]
+    assert _stack_column(kinds) == [Compute(), Reuse(0), Reuse(0), Compute()]
 
 
 @pytest.mark.parametrize("policy", [{"method": "fora"}, {"method": "toca"}])
@@ -274,7 +274,7 @@ def test_duca_needs_a_stack() -> None:
 def test_blocks_are_found_by_the_parents_of_their_sites() -> None:
     names = ["a.0.attn", "a.0:mlp", "a.1.attn", "a.1.mlp", "a.1.mlp@1"]
     sites = [make_site(name, "attn" if "attn" in name else "mlp") for name in names]
-    found = toca.blocks_of([*sites, make_site("a", "stack")])
+    found = blocks_of([*sites, make_site("a", "stack")])
     assert [[site.name for site in block] for block in found] == [names[:2], names[2:]]
 
 
@@ -327,7 +327,7 @@ def test_presets_compute_as_many_steps_as_they_say(name: str, full: int) -> None
     assert any(isinstance(a, Refresh) for row in rows for a in row)
     text = (toca_presets()[name]).read_text(encoding="utf-8")
     assert f"computes {full} of them in full" in text
-    assert isinstance(schedule.policy, TokenPolicy)
+    assert isinstance(schedule.policy, TokenMethod)
     assert f"N={schedule.policy.interval}" in text
 
 

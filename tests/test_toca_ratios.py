@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachegraph.methods import ratios, toca
-from cachegraph.methods.tokens import DucaPolicy, TokenPolicy
+from cachegraph.methods import ratios
+from cachegraph.methods.duca import Duca
+from cachegraph.methods.tokens import TokenMethod
 from cachegraph.model.site import SiteKind
 from tests.fake_sites import FULL_50_3, kinds_of, policy_of
 
@@ -25,7 +26,7 @@ def test_250_steps() -> None:
 
 def test_interval_changes_where_the_published_code_changes_it() -> None:
     policy = policy_of(250, method="toca", interval=4, ratio_schedule="ddpm250")
-    full = [249 - s for s, p in enumerate(toca.step_types(policy, 250)) if "F" in p[0].name[0]]
+    full = [249 - s for s, p in enumerate(policy.step_types(250)) if "F" in p[0].name[0]]
     seen = {at: ratios.interval(policy, at, 250) for at in full}
     changes = [
         at
@@ -146,9 +147,9 @@ def test_blocks_are_spread_over_any_depth() -> None:
 # The published control flow.
 
 
-def as_published(policy: TokenPolicy, steps: int, depth: int) -> list[list[str]]:
+def as_published(policy: TokenMethod, steps: int, depth: int) -> list[list[str]]:
     """The published control flow, block by block: types of the blocks per step."""
-    down, duca = policy.rules == "dit", isinstance(policy, DucaPolicy)
+    down, duca = policy.rules == "dit", isinstance(policy, Duca)
     adapts = policy.fresh_ratio != 0 and (down or not duca)
     weight = (0.4 if down else -0.2) if adapts else 0.0
     table, threshold = [], torch.tensor(0.0)
@@ -187,6 +188,6 @@ def test_types_are_those_of_the_published_loop(
         "rules": rules,
     }
     policy = policy_of(steps, **keys)
-    found = toca.step_types(policy, steps)
+    found = policy.step_types(steps)
     spread = [[pair[min(b, 1)].name[0] for b in range(3)] for pair in found]
     assert spread == as_published(policy, steps, 3)

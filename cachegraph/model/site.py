@@ -120,6 +120,15 @@ def block_of(site: Site) -> str:
     return block if colon else name.rpartition(".")[0]
 
 
+def blocks_of(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites of each block, in order: those whose modules have the same parent."""
+    blocks: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.kind != SiteKind.STACK:
+            blocks.setdefault(block_of(site), []).append(site)
+    return list(blocks.values())
+
+
 def describe(sites: Sequence[Site]) -> str:
     """One line about what there is: ``56 sites: blocks.0.attn (attn), ... blocks.27.mlp (mlp)``."""
     if not sites:
