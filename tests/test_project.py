@@ -352,6 +352,27 @@ def test_size_limits_the_engine_and_the_product(tree: Path) -> None:
     ]
 
 
+# --- folders ----------------------------------------------------------------------------------
+
+
+def test_the_architecture_is_described_as_it_is_checked() -> None:
+    """The table of folders has the rows of the contract, and files that it names are there."""
+    [contract] = PYPROJECT["tool"]["importlinter"]["contracts"]
+    layers = [set(layer.split(" | ")) - {"_began"} for layer in contract["layers"]]
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition("| --- | --- |\n")[2].partition("\n\n")[0]
+    rows = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines()]
+    assert rows == layers
+    named = set(re.findall(r"`([\w/]+(?:/|\.(?:py|toml|md)))`", text))
+    assert {"tools/check_size.py", "config/problems.py", "tests/bad_schedules/"} <= named
+    missing = {
+        name
+        for name in named
+        if not any((ROOT / start / name).exists() for start in (".", "cachegraph"))
+    }
+    assert not missing
+
+
 # --- what tracked files may say ---------------------------------------------------------------
 
 # Written apart so that this file does not name them itself.
