@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cachegraph.errors import InputError, ModelError, SiteError, TraceError
-from cachegraph.graph.step_graph import VALUE
 from cachegraph.graph.text import node_lines
+from cachegraph.model.site import VALUE
 from cachegraph.model.trace import TracedModel, _inline_autocast, trace
 
 aten = torch.ops.aten

@@ -27,6 +27,7 @@ cd "$root"
 stage "ruff check" python -m ruff check .
 stage "ruff format" python -m ruff format --check .
 stage "types" python -m mypy
+stage "layers" lint-imports --no-cache
 stage "size" python tools/check_size.py
 stage "pytest" python -m pytest "$@"
 echo "== all green: $SECONDS s"

@@ -10,6 +10,9 @@ from fnmatch import fnmatchcase
 from cachegraph.errors import SiteError, nearest
 from cachegraph.spec import TensorSpec
 
+# Key in ``node.meta``: (site name, value index) on the node that makes a site's value.
+VALUE = "cachegraph_value"
+
 
 class SiteKind(StrEnum):
     """What a site computes."""
