@@ -1,4 +1,4 @@
-"""What all tests share: options, markers that skip, two threads, the folder of recordings."""
+"""What all tests share: options, markers that skip, one thread, the folder of recordings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    # Tiny tensors gain nothing from a second thread; two workers share a small machine.
+    torch.set_num_threads(1)
 
 
 def _missing(*modules: str) -> str:
