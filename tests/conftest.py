@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -54,6 +55,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_models_stay_as_they_are() -> Iterator[None]:
+    """What tests of all files share is changed by none; the file that did so is told here."""
+    from tests.models import changed_models
+
+    yield
+    assert not changed_models()
+
+
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether to rewrite golden texts instead of comparing with them."""
@@ -71,9 +81,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def toca_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of a DiT of one block under ToCa, compiled for onnxruntime."""
-    import cachegraph as cg
-    from tests.models import TOCA, dit_steps, tiny_dit
+    from tests.models import TOCA, compile_traced, shared_dit
 
     target = tmp_path_factory.mktemp("onnx") / "toca.cgraph"
-    cg.compile(tiny_dit(depth=1), TOCA, dit_steps(1)[0], backend="onnx", out=target)
+    compile_traced(*shared_dit(depth=1), TOCA, backend="onnx", out=target)
     return target

@@ -24,10 +24,12 @@ from cachegraph.errors import BackendError
 from cachegraph.spec import TensorSpec
 from tests.models import (
     TOCA,
+    compile_traced,
     dit_steps,
     fora,
     full,
     one_thread,  # noqa: F401
+    shared_dit,
     tiny_dit,
 )
 
@@ -168,7 +170,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def operators_of(schedule: Any) -> dict[str, Any]:
     """The ONNX models of a schedule on a DiT of one block."""
-    artifact = cg.compile(tiny_dit(depth=1), schedule, backend="eager")
+    artifact = compile_traced(*shared_dit(depth=1), schedule)
     artifact.compile_ahead("onnx")
     folder = artifact.compiled["onnx"]
     return {p.stem: onnx.load(p, load_external_data=False) for p in folder.iterdir()}
