@@ -141,8 +141,11 @@ _SHARED: dict[str, tuple[TracedModel, str]] = {}
 
 
 def _fingerprint(traced: TracedModel) -> str:
-    """Of a trace's graph and weights, which are the model's own."""
+    """Of a trace's graph, its shapes (what asks a free one fixes it) and its model's weights."""
     digest = hashlib.sha256(str(traced.module.graph).encode())
+    for node in traced.module.graph.nodes:
+        values = _pytree.tree_leaves(node.meta.get("val"))
+        digest.update(str([getattr(value, "shape", value) for value in values]).encode())
     for name, tensor in traced.module.state_dict().items():
         digest.update(f"{name} {tensor.dtype}".encode() + tensor.detach().numpy().tobytes())
     return digest.hexdigest()
