@@ -29,7 +29,7 @@ from tests.models import (
     shared_dit,
 )
 
-SAMPLER = Path(__file__).parents[1] / "tools" / "onnx_sampler.py"
+SAMPLER = Path(__file__).parents[2] / "tools" / "onnx_sampler.py"
 STEPS, LABELS = 6, [3, 8]
 
 

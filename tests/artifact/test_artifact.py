@@ -24,7 +24,7 @@ from cachegraph.runtime.runner import Runner
 from tests.models import compile_traced, signed
 from tests.tiny import Tiny, call, tiny, traced
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 4
 TABLE = ["compute", [0, 1, 1, 0], [1, 0, 1, 1], "reuse"]
 SCHEDULE = {"cachegraph": 1, "steps": STEPS, "policy": {"method": "table", "rows": TABLE}}

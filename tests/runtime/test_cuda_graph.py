@@ -35,7 +35,7 @@ from tests.models import (
     shared_dit,
     tiny_pixart,
 )
-from tests.test_sessions import FailsAt
+from tests.runtime.test_sessions import FailsAt
 
 STEPS = 13
 POLICIES: dict[str, dict[str, Any]] = {

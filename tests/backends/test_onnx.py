@@ -21,6 +21,7 @@ from cachegraph.errors import BackendError
 from cachegraph.graph.weights import stored_weight
 from cachegraph.oracle.trial import warm_up
 from cachegraph.spec import TensorSpec
+from tests.artifact.test_artifact import Custom
 from tests.models import (
     compile_traced,
     dit_steps,
@@ -30,7 +31,6 @@ from tests.models import (
     shared_dit,
     tiny_dit,
 )
-from tests.test_artifact import Custom
 
 pytestmark = pytest.mark.onnx
 onnx: Any = pytest.importorskip("onnx")

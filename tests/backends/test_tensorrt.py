@@ -37,7 +37,7 @@ pytestmark = pytest.mark.onnx
 onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def load_tool() -> Any:
     """The command as a module, for tools is no package."""
-    place = Path(__file__).parents[1] / "tools/check_tensorrt.py"
+    place = Path(__file__).parents[2] / "tools/check_tensorrt.py"
     spec = importlib.util.spec_from_file_location("check_tensorrt", place)
     assert spec is not None
     assert spec.loader is not None

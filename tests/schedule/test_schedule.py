@@ -20,7 +20,7 @@ from cachegraph.errors import InputError, ScheduleError
 from cachegraph.methods.policies import FoRAPolicy, FullPolicy, Policy, TablePolicy
 from cachegraph.schedule.schedule import Schedule, SiteFilter, load_schedule, presets
 
-BAD = sorted((Path(__file__).parent / "bad_schedules").iterdir())
+BAD = sorted((Path(__file__).parents[1] / "bad_schedules").iterdir())
 MARK = "# expect: "
 POLICIES: tuple[type[BaseModel], ...] = get_args(get_args(Policy)[0])
 
