@@ -65,7 +65,6 @@ def calls(program: Program, seed: int) -> Iterator[dict[str, Any]]:
     signature = program.signature
     specs = [(name, spec.sizes(program.symbols), spec.dtype) for name, spec in signature.inputs]
     tensors = [random_tensor(*spec, generator) for spec in specs]
-    names = [name for name, _, _ in specs]
     clock = timestep_input(signature)
     for time in times(program):
         tensors[0] = random_tensor(*specs[0], generator)

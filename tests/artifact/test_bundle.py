@@ -22,13 +22,14 @@ from cachegraph.errors import ArtifactError
 from cachegraph.zoo import sample_digits
 from cachegraph.zoo.digits import IMAGE_SHAPE, load_digits_model
 from tests.models import (
+    compile_traced,
     dit_steps,
     fora,
     one_thread,  # noqa: F401
-    tiny_dit,
+    shared_dit,
 )
 
-SAMPLER = Path(__file__).parents[1] / "tools" / "onnx_sampler.py"
+SAMPLER = Path(__file__).parents[2] / "tools" / "onnx_sampler.py"
 STEPS, LABELS = 6, [3, 8]
 
 
@@ -39,7 +40,7 @@ def made() -> cg.Artifact:
         "steps": 7,
         "policy": {"method": "taylorseer", "interval": 3, "order": 1, "warmup": 1},
     }
-    return cg.compile(tiny_dit(depth=1), schedule, dit_steps(1)[0], backend="eager")
+    return compile_traced(*shared_dit(depth=1), schedule)
 
 
 def test_a_loop_by_its_names_alone_is_the_runner(made: cg.Artifact) -> None:

@@ -315,7 +315,7 @@ def test_a_glob_that_matches_nothing_lists_the_sites() -> None:
 
 # --- every transformer of diffusers, as measured
 
-SHARED = Path(__file__).parents[2] / "shared"  # the folder of the fixture of that name
+SHARED = Path(__file__).parents[3] / "shared"  # the folder of the fixture of that name
 CONFIGS = SHARED / "models" / "tiny_configs.json"
 NOT_EXPORTED = {
     "CosmosTransformer": "resizes a mask with torchvision",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cachegraph.errors import ModelError
 from cachegraph.zoo import DiT, build_model, load_model, recognise
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="the recordings of published implementations are not here"
 )

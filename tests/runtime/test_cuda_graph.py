@@ -16,12 +16,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import cachegraph as cg
 from cachegraph.errors import BackendError, InputError
 from cachegraph.graph.interface import Interface, Port, Role
-from cachegraph.model.trace import TracedModel, trace
 from cachegraph.runtime import cuda_graph
 from cachegraph.runtime.cuda_graph import Recorder, plan_launches
 from cachegraph.runtime.known import Prologues
@@ -34,10 +33,10 @@ from tests.models import (
     one_thread,  # noqa: F401
     play,
     relative_error,
-    tiny_dit,
+    shared_dit,
     tiny_pixart,
 )
-from tests.test_sessions import FailsAt
+from tests.runtime.test_sessions import FailsAt
 
 STEPS = 13
 SPEC = TensorSpec((2, 4), torch.float32)
@@ -74,14 +73,8 @@ class CannotRecord(StandIn):
 
 
 @cache
-def traced() -> tuple[nn.Module, TracedModel]:
-    model = tiny_dit()
-    return model, trace(model, dit_steps(1)[0])
-
-
-@cache
 def artifact(name: str) -> cg.Artifact:
-    return compile_traced(*traced(), SCHEDULES[name])
+    return compile_traced(*shared_dit(), SCHEDULES[name])
 
 
 def recording(
@@ -268,7 +261,7 @@ def test_graphs_that_are_recorded(name: str, graphs: int) -> None:
 
 def test_graphs_of_a_preset() -> None:
     """As the README has it."""
-    program = compile_traced(*traced(), "toca-n3").program
+    program = compile_traced(*shared_dit(), "toca-n3").program
     assert_reads_what_is_meant(program)
     assert len(set(plan_launches(program))) == 15
 

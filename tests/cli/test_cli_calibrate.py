@@ -17,9 +17,9 @@ from cachegraph.errors import InputError
 from cachegraph.plan.action import Forecast
 from cachegraph.schedule.rows import make_rows
 from cachegraph.schedule.schedule import load_schedule, presets
+from tests.calibrate.test_calibrate import SITES
+from tests.cli.test_cli import printed, run
 from tests.models import one_thread  # noqa: F401
-from tests.test_calibrate import SITES
-from tests.test_cli import printed, run
 from tests.tiny import STEPS
 
 DRIFT = ("tests.tiny:tiny", "--sampler", "tests.tiny:drift", "--steps", "6", "--trajectories", "1")

@@ -27,7 +27,7 @@ from cachegraph.spec import TensorSpec
 from tests.tiny import plan, stages, tiny, traced
 
 aten = torch.ops.aten
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 TEXTS = """
 import hashlib, tests.tiny as t

@@ -22,10 +22,11 @@ from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import load_schedule
 from tests.models import (
+    compile_traced,
     dit_steps,
     one_thread,  # noqa: F401
     relative_error,
-    tiny_dit,
+    shared_dit,
     tiny_pixart,
 )
 
@@ -182,12 +183,17 @@ def shallow(name: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_inductor_agrees_with_the_reference(name: str, tmp_path: Path) -> None:
     schedule, calls = shallow(name, tmp_path), dit_steps(8)
-    model = tiny_dit() if "pixart" not in name else tiny_pixart()
+    model: nn.Module
     if "pixart" in name:
         text = torch.randn(2, 1, 5, 16, generator=torch.Generator().manual_seed(0))
         calls = [(x, t, text) for x, t, _ in calls]
-    run = cg.load(cg.compile(model, schedule, calls[0], backend="inductor"))
-    reference = cg.ReferenceRunner(model, schedule)
+        model = tiny_pixart()
+        traced = trace(model, calls[0])
+    else:
+        model, traced = shared_dit()
+    made = compile_traced(model, traced, schedule, backend="inductor")
+    run = cg.load(made)
+    reference = cg.ReferenceRunner.of_plan(model, traced, made.program.plan, made.schedule)
     differs = []
     for call in calls:
         found, wanted = run(*call), reference(*call)

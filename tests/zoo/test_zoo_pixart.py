@@ -16,7 +16,7 @@ from cachegraph.model.trace import trace
 from cachegraph.zoo import PixArt, build_model, load_model, recognise
 from cachegraph.zoo.pixart import CrossAttention
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="the recordings of published implementations are not here"
 )

@@ -21,14 +21,16 @@ from cachegraph.errors import BackendError
 from cachegraph.graph.weights import stored_weight
 from cachegraph.oracle.trial import warm_up
 from cachegraph.spec import TensorSpec
+from tests.artifact.test_artifact import Custom
 from tests.models import (
+    compile_traced,
     dit_steps,
     fora,
     one_thread,  # noqa: F401
     relative_error,
+    shared_dit,
     tiny_dit,
 )
-from tests.test_artifact import Custom
 
 pytestmark = pytest.mark.onnx
 onnx: Any = pytest.importorskip("onnx")
@@ -248,7 +250,7 @@ def test_a_saved_artifact_is_not_converted_again(
 
 
 def test_without_a_folder_the_files_live_as_long_as_the_artifact() -> None:
-    made = cg.compile(tiny_dit(depth=1), fora(4, 3), dit_steps(1)[0], backend="onnx")
+    made = compile_traced(*shared_dit(depth=1), fora(4, 3), backend="onnx")
     place = made.compiled["onnx"]
     assert sorted(models(place)) == ["variant0", "variant1"]
     run = made.runner()

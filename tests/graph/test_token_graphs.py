@@ -19,7 +19,7 @@ from cachegraph.schedule.schedule import load_schedule
 from cachegraph.show.token_map import token_shares
 from cachegraph.zoo import load_digits_model
 from tests.fake_sites import make_sites
-from tests.models import dit_steps, one_thread, tiny_dit, tiny_pixart  # noqa: F401
+from tests.models import one_thread, shared_dit, tiny_pixart  # noqa: F401
 
 SORTS = ("sort", "topk", "argsort", "kthvalue")
 
@@ -34,7 +34,8 @@ def test_dit_needs_at_most_six_variants(name: str) -> None:
 @pytest.fixture(scope="module", params=["attention", "kv-norm"])
 def dit(request: pytest.FixtureRequest) -> Build:
     policy = {"method": "toca", "interval": 3, "score": request.param}
-    return build(tiny_dit(), {"cachegraph": 1, "steps": 50, "policy": policy}, dit_steps(1)[0])
+    model, traced = shared_dit()
+    return build(model, {"cachegraph": 1, "steps": 50, "policy": policy}, traced=traced)
 
 
 def test_no_sort_over_tokens_is_left_in_a_partial_step_of_dit(dit: Build) -> None:

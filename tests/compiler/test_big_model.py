@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # One image and one half of the guidance; one multiply-add is two FLOPs.
 N, WIDE, DEPTH, HEADS, HEAD = 256, 1152, 28, 16, 72

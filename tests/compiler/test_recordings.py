@@ -18,8 +18,10 @@ from cachegraph.zoo import DiT
 from tests.models import (
     DATA,
     compile_traced,
+    dit_steps,
     one_thread,  # noqa: F401
     relative_error,
+    shared_dit,
 )
 
 LIMIT = 1e-4  # relative L2 error of each call
@@ -90,9 +92,21 @@ def test_compiled_in_memory(case: Case, backend: str) -> None:
     assert max(case.errors(cg.load(case.artifact, backend=backend))) <= LIMIT
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+# Inductor takes half a minute for the same 28 blocks again; the test below takes two.
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_loaded_from_a_folder(case: Case, backend: str) -> None:
     assert max(case.errors(cg.load(case.folder, backend=backend))) <= LIMIT
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_two_blocks_loaded_from_a_folder_through_inductor(name: str, tmp_path: Path) -> None:
+    model, traced = shared_dit()
+    folder = tmp_path / "two.cgraph"
+    made = compile_traced(model, traced, SCHEDULES[name], backend="inductor", out=folder)
+    run, plan = cg.load(folder), made.program.plan
+    reference = cg.ReferenceRunner.of_plan(model, traced, plan, made.schedule)
+    for call in dit_steps(plan.steps):
+        assert relative_error(run(*call), reference(*call)) <= LIMIT
 
 
 def test_a_wrong_rule_cannot_hide(case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import cachegraph as cg
 from cachegraph.errors import TraceError
-from cachegraph.model.trace import trace
+from cachegraph.model.trace import TracedModel, trace
 from cachegraph.runtime.known import Prologues
-from tests.models import fora
+from tests.models import compile_traced, fora
 
 W = 8
 linear = torch.ops.aten.linear.default
@@ -106,11 +107,19 @@ def together(found: Any) -> Tensor:
     return torch.cat([t.flatten() for t in (found if isinstance(found, tuple) else (found,))])
 
 
+@cache
+def compiled(forward: Forward) -> tuple[nn.Module, TracedModel, cg.Artifact]:
+    """Once for all tests, which only run it."""
+    model = Odd(forward).eval()
+    traced = trace(model, calls(1)[0])
+    return model, traced, compile_traced(model, traced, fora(6, 3))
+
+
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
 def test_as_the_reference_though_the_caller_writes_to_what_it_gets(forward: Forward) -> None:
-    model, schedule = Odd(forward).eval(), fora(6, 3)
-    run = cg.load(cg.compile(model, schedule, calls(1)[0], backend="eager"))
-    reference = cg.ReferenceRunner(model, schedule)
+    model, traced, made = compiled(forward)
+    run = cg.load(made)
+    reference = cg.ReferenceRunner.of_plan(model, traced, made.program.plan, made.schedule)
     for call in calls(6):
         found, wanted = run(*call), together(reference(*call))
         assert torch.equal(together(found), wanted)
@@ -120,8 +129,7 @@ def test_as_the_reference_though_the_caller_writes_to_what_it_gets(forward: Forw
 
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
 def test_for_several_steps_at_once(forward: Forward) -> None:
-    model = Odd(forward).eval()
-    made = cg.compile(model, fora(6, 3), calls(1)[0], backend="eager")
+    _, _, made = compiled(forward)
     before = Prologues.of(made.program, made.prologues, batched=True)
     run = cg.Runner(made.program, made.graphs, made.weights, prologues=before)
     plain = cg.load(made)
@@ -136,7 +144,7 @@ def test_for_several_steps_at_once(forward: Forward) -> None:
     ids=["refined", "heads", "cast"],
 )
 def test_what_depends_on_text_and_time_alone_leaves_the_step(forward: Forward, layers: int) -> None:
-    made = cg.compile(Odd(forward).eval(), fora(6, 3), calls(1)[0], backend="eager")
+    _, _, made = compiled(forward)
     left = made.graphs[0].graph.find_nodes(op="call_function", target=linear)
     assert len(left) == layers  # the mlp's, and the one behind the image
 

@@ -13,7 +13,7 @@ from cachegraph.compiler.sources import FORMS
 from cachegraph.show.picture import amount
 from cachegraph.show.view import choices
 from cachegraph.zoo import build_model
-from tests.test_cli import printed, run
+from tests.cli.test_cli import printed, run
 
 TINY = ("DiT(hidden_size=32, depth=2, num_heads=4)", "--input-size", "8")
 TOCA = """cachegraph: 1

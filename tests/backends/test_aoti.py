@@ -39,7 +39,7 @@ from tests.models import (
     tiny_dit,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 SCHEDULE = fora(STEPS, 3)
 TIMES = [90 - 10 * step for step in range(9)]

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import cachegraph as cg
 from cachegraph import cli
 from cachegraph.artifact import origin
+from cachegraph.artifact.artifact import load_artifact
 from cachegraph.artifact.origin import Origin, content_digest, find_origin
 from cachegraph.compiler import sources
 from cachegraph.compiler.sources import model_files
@@ -265,7 +266,7 @@ DAMAGE: dict[str, Callable[[], object]] = {
     "missing": lambda: (OUT / "graphs" / "variant0.txt").unlink(),
     "more": lambda: (OUT / "graphs" / "more.json").write_text("[]"),
     "manifest": lambda: flip(OUT / "manifest.json", 5),
-    "no word of it": lambda: cg.artifact.load_artifact(OUT).save(OUT),
+    "no word of it": lambda: load_artifact(OUT).save(OUT),
 }
 
 

@@ -25,11 +25,13 @@ from cachegraph.methods import METHODS
 from cachegraph.methods.method import Method
 from cachegraph.spec import TensorSpec
 from tests.models import (
+    compile_traced,
     dit_steps,
     example,
     fora,
     full,
     one_thread,  # noqa: F401
+    shared_dit,
     tiny_dit,
 )
 
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.onnx
 onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ GOC = full(4) | {
 
 def operators_of(schedule: Any) -> dict[str, Any]:
     """The ONNX models of a schedule on a DiT of one block."""
-    artifact = cg.compile(tiny_dit(depth=1), schedule, backend="eager")
+    artifact = compile_traced(*shared_dit(depth=1), schedule)
     artifact.compile_ahead("onnx")
     folder = artifact.compiled["onnx"]
     return {p.stem: onnx.load(p, load_external_data=False) for p in folder.iterdir()}
@@ -270,7 +272,7 @@ def test_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def load_tool() -> Any:
     """The command as a module, for tools is no package."""
-    place = Path(__file__).parents[1] / "tools/check_tensorrt.py"
+    place = Path(__file__).parents[2] / "tools/check_tensorrt.py"
     spec = importlib.util.spec_from_file_location("check_tensorrt", place)
     assert spec is not None
     assert spec.loader is not None

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import cachegraph as cg
 from cachegraph import cli
 from cachegraph.errors import InputError
 from cachegraph.graph.binding import Binding, model_bindings
-from tests.models import dit_steps, fora, tiny_dit
+from tests.models import compile_traced, fora, shared_dit
 
 UNKNOWN = "varying: unknown input 'q'; expected one of x, t, y"
 
@@ -41,7 +40,7 @@ def test_only_inputs_of_the_model_vary(timestep: str | None) -> None:
 )
 def test_compile_refuses_them(varying: Any, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        cg.compile(tiny_dit(depth=1), fora(2, 2), dit_steps(1)[0], varying=varying)
+        compile_traced(*shared_dit(depth=1), fora(2, 2), backend="inductor", varying=varying)
     assert str(caught.value) == message
 
 

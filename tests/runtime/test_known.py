@@ -12,7 +12,6 @@ from torch import Tensor
 
 import cachegraph as cg
 from cachegraph.graph.interface import Role
-from cachegraph.model.trace import trace
 from cachegraph.runtime.known import Prologues
 from cachegraph.runtime.tracking import Track
 from tests.models import (
@@ -26,7 +25,7 @@ from tests.models import (
     refused,
     relative_error,
     same,
-    tiny_dit,
+    shared_dit,
 )
 from tests.tiny import call, tiny, traced
 
@@ -145,9 +144,8 @@ def test_a_class_that_changes_in_mid_trajectory_is_refused(
 
 
 def test_an_input_that_is_said_to_vary() -> None:
-    model, calls = tiny_dit(), image(1)
+    (model, exported), calls = shared_dit(), image(1)
     calls = [(x, t, (y + step) % 10) for step, (x, t, y) in enumerate(calls)]
-    exported = trace(model, calls[0])
     artifact = compile_traced(model, exported, fora(STEPS, 3), varying=["y"])
     assert artifact.program.lasting == ()
     assert artifact.prologues  # the timestep's embedding is known all the same

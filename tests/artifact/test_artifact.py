@@ -22,10 +22,10 @@ from cachegraph.artifact.artifact import Artifact
 from cachegraph.artifact.load import load_artifact
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.runtime.runner import Runner
-from tests.models import signed
-from tests.tiny import Tiny, call, tiny
+from tests.models import compile_traced, signed
+from tests.tiny import Tiny, call, tiny, traced
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 4
 TABLE = ["compute", [0, 1, 1, 0], [1, 0, 1, 1], "reuse"]
 SCHEDULE = {"cachegraph": 1, "steps": STEPS, "policy": {"method": "table", "rows": TABLE}}
@@ -34,7 +34,7 @@ FULL = {"cachegraph": 1, "steps": STEPS, "policy": {"method": "full"}}
 
 @pytest.fixture(scope="module")
 def compiled() -> Artifact:
-    return cg.compile(tiny(), SCHEDULE, backend="eager")
+    return compile_traced(tiny(), traced(), SCHEDULE)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_loaded_artifact_runs_bit_for_bit_as_the_compiled_one(
 
 
 def test_full_schedule_is_the_model_itself(tmp_path: Path) -> None:
-    cg.compile(tiny(), FULL, backend="eager", out=tmp_path / "full")
+    compile_traced(tiny(), traced(), FULL, out=tmp_path / "full")
     with torch.no_grad():
         wanted = [tiny()(*call(step)) for step in range(STEPS)]
     assert same(trajectory(cg.load(tmp_path / "full")), wanted)

@@ -16,11 +16,12 @@ import cachegraph as cg
 from cachegraph.runtime.known import Prologues
 from cachegraph.spec import TensorSpec
 from tests.models import (
+    compile_traced,
     dit_steps,
     fora,
     one_thread,  # noqa: F401
     relative_error,
-    tiny_dit,
+    shared_dit,
 )
 
 STEPS = 6
@@ -29,7 +30,7 @@ VARIANTS = ("compute", "reuse")
 
 @pytest.fixture(scope="module")
 def artifact() -> cg.Artifact:
-    made = cg.compile(tiny_dit(depth=1), fora(STEPS, 3), dit_steps(1)[0])
+    made = compile_traced(*shared_dit(depth=1), fora(STEPS, 3), backend="inductor")
     assert len(made.graphs) == len(VARIANTS)
     return made
 

@@ -23,6 +23,7 @@ from tests.models import (
     one_thread,  # noqa: F401
     read_configs,
     relative_error,
+    shared_dit,
     tensors,
     tiny_dit,
     trajectory,
@@ -227,8 +228,8 @@ def test_what_cannot_be_batched_is_computed_step_by_step() -> None:
 
 
 def test_reference_runner_traces_by_itself() -> None:
-    model, calls = tiny_dit(), dit_steps(STEPS)
-    run = cg.load(cg.compile(model, fora(STEPS, 3), calls[0], backend="eager"))
+    (model, traced), calls = shared_dit(), dit_steps(STEPS)
+    run = cg.load(compile_traced(model, traced, fora(STEPS, 3)))
     reference = cg.ReferenceRunner(model, fora(STEPS, 3))
     for call in calls:
         assert relative_error(run(*call), reference(*call)) <= 1e-5

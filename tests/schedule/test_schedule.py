@@ -24,7 +24,7 @@ from cachegraph.methods.full import Full
 from cachegraph.methods.table import Table
 from cachegraph.schedule.schedule import Schedule, SiteFilter, load_schedule, presets
 
-BAD = sorted((Path(__file__).parent / "bad_schedules").iterdir())
+BAD = sorted((Path(__file__).parents[1] / "bad_schedules").iterdir())
 MARK = "# expect: "
 
 

@@ -12,18 +12,18 @@ from cachegraph.bench.contestants import make_contestants
 from cachegraph.bench.memory import allocated
 from cachegraph.bench.result import UNCACHED, Compared, Entry, Memory
 from cachegraph.compiler.cost import moved_bytes, working_bytes
-from cachegraph.model.trace import trace
 from cachegraph.schedule.schedule import load_schedule
-from tests.models import TOCA, dit_steps, fora, one_thread, tiny_dit  # noqa: F401
+from tests.models import TOCA, dit_steps, fora, one_thread, shared_dit  # noqa: F401
 
 CPU = torch.device("cpu")
 
 
 def memory(schedule: dict[str, Any] | None) -> Memory:
-    model, call = tiny_dit(), dit_steps(1)[0]
+    model, traced = shared_dit()
+    call = dit_steps(1)[0]
     entry = Entry(UNCACHED, schedule and load_schedule(schedule), "eager")
     entries = [entry, Entry("steps", load_schedule(fora(7, 3)), "eager")]
-    one = make_contestants(model, trace(model, call), call, {}, entries, False, lambda *_: None)[0]
+    one = make_contestants(model, traced, call, {}, entries, False, lambda *_: None)[0]
     one.before()
     for step in one.points:
         one.call(step)
