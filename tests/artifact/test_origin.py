@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import cachegraph as cg
 from cachegraph import cli
 from cachegraph.artifact import origin
-from cachegraph.artifact.artifact import load_artifact
+from cachegraph.artifact.load import load_artifact
 from cachegraph.artifact.origin import Origin, content_digest, find_origin
 from cachegraph.compiler import sources
 from cachegraph.compiler.sources import model_files

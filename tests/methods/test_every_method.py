@@ -23,7 +23,7 @@ from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import load_schedule
 from tests.models import compile_traced, dit_steps, example, play, tiny_dit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @cache

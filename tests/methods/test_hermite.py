@@ -17,7 +17,7 @@ from cachegraph.plan.action import Compute, Row
 from cachegraph.schedule.rows import make_rows
 from cachegraph.schedule.schedule import load_schedule, presets
 from tests.fake_sites import make_sites
-from tests.test_methods import used
+from tests.methods.test_methods import used
 
 
 def rows(steps: int, sites: int = 2, **keys: float) -> tuple[Row, ...]:
