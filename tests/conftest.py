@@ -1,8 +1,9 @@
-"""What all tests share: options, markers that skip, two threads, the folder of recordings."""
+"""What all tests share: options, markers that skip, one thread, the folder of recordings."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -24,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    # Tiny tensors gain nothing from a second thread; two workers share a small machine.
+    torch.set_num_threads(1)
 
 
 def _missing(*modules: str) -> str:
@@ -46,11 +48,32 @@ def _reason_to_skip(marker: str, config: pytest.Config) -> str:
     return ""
 
 
+# Files of which one takes longer than many others together: two workers that begin with these
+# end at about the same time.
+LONGEST = (
+    "test_recordings",
+    "test_method_recordings",
+    "test_random_tokens",
+    "test_random_plans",
+    "test_big_model",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         for marker in list(item.iter_markers()):
             if reason := _reason_to_skip(marker.name, config):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_models_stay_as_they_are() -> Iterator[None]:
+    """What tests of all files share is changed by none; the file that did so is told here."""
+    from tests.models import changed_models
+
+    yield
+    assert not changed_models()
 
 
 @pytest.fixture
@@ -70,9 +93,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def toca_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of a DiT of one block under ToCa, compiled for onnxruntime."""
-    import cachegraph as cg
-    from tests.models import TOCA, dit_steps, tiny_dit
+    from tests.models import TOCA, compile_traced, shared_dit
 
     target = tmp_path_factory.mktemp("onnx") / "toca.cgraph"
-    cg.compile(tiny_dit(depth=1), TOCA, dit_steps(1)[0], backend="onnx", out=target)
+    compile_traced(*shared_dit(depth=1), TOCA, backend="onnx", out=target)
     return target

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from cachegraph.methods import toca
-from cachegraph.methods.tokens import TokenPolicy
+from cachegraph.methods.tokens import TokenMethod
 from cachegraph.model.site import Site, SiteKind, SiteValue
 from cachegraph.schedule.schedule import Schedule, load_schedule
 from cachegraph.spec import TensorSpec
@@ -34,9 +33,9 @@ def make(steps: int, site_filter: dict[str, Any] | None = None, **policy: Any) -
     return load_schedule({**keys, "sites": site_filter} if site_filter else keys)
 
 
-def policy_of(steps: int, **policy: Any) -> TokenPolicy:
+def policy_of(steps: int, **policy: Any) -> TokenMethod:
     made = make(steps, **policy).policy
-    assert isinstance(made, TokenPolicy)
+    assert isinstance(made, TokenMethod)
     return made
 
 
@@ -44,7 +43,7 @@ def kinds_of(steps: int, **policy: Any) -> dict[str, list[int]]:
     """Types of the steps, such as ``FP`` for full and then partial -> steps as the rules count."""
     made = policy_of(steps, **policy)
     found: dict[str, list[int]] = {}
-    for step, pair in enumerate(toca.step_types(made, steps)):
+    for step, pair in enumerate(made.step_types(steps)):
         at = steps - 1 - step if made.rules == "dit" else step
         found.setdefault("".join(kind.name[0] for kind in pair), []).append(at)
     return found

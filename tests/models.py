@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,8 @@ from torch.utils import _pytree
 import cachegraph as cg
 from cachegraph.compiler import compile as compiler
 from cachegraph.errors import SessionError
+from cachegraph.methods.method import EXAMPLE_STEPS, Method
+from cachegraph.methods.router_file import Mask, mask_to_yaml
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.zoo import DiT, PixArt
 
@@ -84,6 +87,20 @@ TOCA = {  # its partial steps recompute three different numbers of tokens
 }
 
 
+def example(method: type[Method], folder: Path, depth: int = 2) -> dict[str, Any]:
+    """The schedule that a method gives as its example, for a model of so many blocks.
+
+    A file that it names is made: a mask that reuses attention and mlp in turn.
+    """
+    policy = {"method": method.name(), **method.example}
+    for key in set(method.file_keys) & set(policy):
+        mask = tuple((step % 2 == 0,) * depth for step in range(EXAMPLE_STEPS))
+        other = tuple((step % 3 == 0,) * depth for step in range(EXAMPLE_STEPS))
+        policy[key] = str(folder / str(policy[key]))
+        Path(policy[key]).write_text(mask_to_yaml(Mask(mask, other), method.name()))
+    return {"cachegraph": 1, "steps": EXAMPLE_STEPS, "policy": policy}
+
+
 def fora(steps: int, interval: int, **more: Any) -> dict[str, Any]:
     """A schedule."""
     return {"cachegraph": 1, "steps": steps, "policy": {"method": "fora", "interval": interval}} | (
@@ -127,6 +144,34 @@ def tiny_dit(seed: int = 0, **sizes: Any) -> DiT:
     return model
 
 
+@cache
+def shared_dit(depth: int = 2) -> tuple[DiT, TracedModel]:
+    """A tiny DiT and its trace, once for all tests, none of which may change them."""
+    model = tiny_dit(depth=depth)
+    traced = trace(model, dit_steps(1)[0])
+    _SHARED[f"a DiT of depth {depth}"] = (traced, _fingerprint(traced))
+    return model, traced
+
+
+_SHARED: dict[str, tuple[TracedModel, str]] = {}
+
+
+def _fingerprint(traced: TracedModel) -> str:
+    """Of a trace's graph, its shapes (what asks a free one fixes it) and its model's weights."""
+    digest = hashlib.sha256(str(traced.module.graph).encode())
+    for node in traced.module.graph.nodes:
+        values = _pytree.tree_leaves(node.meta.get("val"))
+        digest.update(str([getattr(value, "shape", value) for value in values]).encode())
+    for name, tensor in traced.module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype}".encode() + tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def changed_models() -> list[str]:
+    """Those that tests share and have changed."""
+    return [name for name, (traced, before) in _SHARED.items() if _fingerprint(traced) != before]
+
+
 def tiny_pixart() -> PixArt:
     """A PixArt of 2 blocks, 16 tokens and width 32, with captions of width 16."""
     sizes = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
@@ -168,8 +213,11 @@ class Compiled:
 
     def __init__(self, steps: int, seed: int = 0) -> None:
         self.steps = steps
-        self.model = tiny_dit(seed)
-        self.traced = trace(self.model, dit_steps(1)[0])
+        if seed == 0:
+            self.model, self.traced = shared_dit()
+        else:
+            self.model = tiny_dit(seed)
+            self.traced = trace(self.model, dit_steps(1)[0])
         self.artifacts: dict[str, cg.Artifact] = {}
 
     def artifact(self, steps: int = 0, interval: int = 3, **more: Any) -> cg.Artifact:

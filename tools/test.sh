@@ -14,9 +14,9 @@ stage() {
     echo "== $name: $((SECONDS - start)) s"
 }
 
-# Two threads everywhere: timings compare, and a small machine is not oversubscribed.
-# torch takes its number of threads from here too.
-export OMP_NUM_THREADS=2 MKL_NUM_THREADS=2
+# Two workers of one thread each, so that a small machine is not oversubscribed; a file's tests
+# stay together, for they share what they compiled. torch takes its number of threads from here too.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 start="$SECONDS"
 echo "== setup"
@@ -27,6 +27,7 @@ cd "$root"
 stage "ruff check" python -m ruff check .
 stage "ruff format" python -m ruff format --check .
 stage "types" python -m mypy
+stage "layers" lint-imports --no-cache
 stage "size" python tools/check_size.py
-stage "pytest" python -m pytest "$@"
+stage "pytest" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 echo "== all green: $SECONDS s"

@@ -68,9 +68,7 @@ def find_origin(
     """
     if read is None:
         return None
-    given = list(read)
-    if named := getattr(schedule.policy, "file", None):
-        given.append(schedule.file(named, "policy", "file"))
+    given = [*read, *schedule.policy.files().values()]
     files = {file: _state(file) for file in given}
     code, surroundings = _surroundings()
     if any(max(state[:2]) / 1e9 > BEGAN - _CLOCK for state in code.values()):

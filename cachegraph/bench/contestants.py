@@ -23,7 +23,7 @@ from cachegraph.plan.plan import Plan
 from cachegraph.runtime.known import StepFunction
 from cachegraph.runtime.program import Made
 from cachegraph.runtime.runner import Runner
-from cachegraph.schedule.schedule import Schedule, load_schedule
+from cachegraph.schedule.schedule import uncached
 
 from .choice import without_choice
 from .memory import compiled_memory, model_memory
@@ -254,7 +254,7 @@ def make_contestants(
     builds: dict[tuple[str, ...], Build] = {}
     found: list[Contestant] = []
     for number, entry in enumerate(entries):
-        schedule = entry.schedule or full_schedule(steps)
+        schedule = entry.schedule or uncached(steps)
         disable = entry.disable if entry.schedule else OPTIONAL
         key = schedule.digest(), *disable
         if key not in builds:
@@ -268,8 +268,3 @@ def make_contestants(
         else:
             found.append(_Compiled(entry, built, inputs, choice))
     return found
-
-
-def full_schedule(steps: int) -> Schedule:
-    """The schedule that caches nothing."""
-    return load_schedule({"cachegraph": 1, "steps": steps, "policy": {"method": "full"}})

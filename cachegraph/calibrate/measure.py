@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from cachegraph.errors import InputError, ScheduleError, nearest
-from cachegraph.methods.policies import RouterPolicy
 from cachegraph.plan.action import Forecast
 from cachegraph.schedule.rows import make_rows
 from cachegraph.schedule.schedule import Schedule, load_schedule
@@ -259,8 +258,8 @@ def _schedule(
         schedule = _smoothcache(measured, bound, name)
     else:
         keys = host.model_dump(exclude_none=True)
-        if (file := keys["policy"].get("file")) is not None:  # it need not stand beside the result
-            keys["policy"]["file"] = str(host.file(file, "policy", "file"))
+        for key, path in host.policy.files().items():  # they need not stand beside the result
+            keys["policy"][key] = str(path)
         keys["calibration"] = calibration_block(measured, model=name)
         schedule = load_schedule(keys)
     return schedule if goc_weight is None else _with_goc(schedule, measured, goc_weight)
@@ -281,11 +280,8 @@ def _smoothcache(measured: Calibration, bound: float, name: str) -> Schedule:
 
 
 def _with_goc(schedule: Schedule, measured: Calibration, weight: float) -> Schedule:
-    """The schedule corrected at the steps of :func:`goc_steps` where there is a change to follow.
-
-    On a router, blocks are corrected as a whole, as the published code does.
-    """
-    both = isinstance(schedule.policy, RouterPolicy)
+    """The schedule corrected at the steps of :func:`goc_steps` that have a change to follow."""
+    both = schedule.policy.by_block
     chosen = goc_steps(measured, make_rows(schedule, measured.sites))
     keys = schedule.model_dump(exclude_none=True)
     correction = {"method": "goc", "weight": weight, "steps": chosen, "both_modules": both}

@@ -97,21 +97,14 @@ def bench(
     input_size: SizeOption = None,
 ) -> None:
     """Time schedules and backends against the uncached model, eager and by the same backends."""
+    from cachegraph.bench import report
     from cachegraph.bench.bench import run_bench
-    from cachegraph.bench.report import (
-        check_paths,
-        machine,
-        plot_steps,
-        report,
-        result_data,
-        using_threads,
-    )
     from cachegraph.compiler.sources import open_model
 
-    check_paths(out, plot)
+    report.check_paths(out, plot)
     judge = _judge(model) if quality else None
     entries = _entries(schedules, backends, hooks, without or [])
-    with progress() as say, using_threads(threads):
+    with progress() as say, report.using_threads(threads):
         say("loading the model")
         source = open_model(
             model, arch=arch, inputs=inputs or (), random_weights=True, input_size=input_size
@@ -126,13 +119,14 @@ def bench(
             quality=judge,
             progress=say,
         )
-        here = machine(source.model)
-    show(*report(source.name, found, here, rounds), columns=_COLUMNS)
+        here = report.machine(source.model)
+    show(*report.report(source.name, found, here, rounds), columns=_COLUMNS)
     if out is not None:
-        out.write_text(json.dumps(result_data(source.name, found, here, rounds), indent=1) + "\n")
+        data = report.result_data(source.name, found, here, rounds)
+        out.write_text(json.dumps(data, indent=1) + "\n")
         show(f"numbers   {out}")
     if plot is not None:
-        plot_steps(found, plot, source.name)
+        report.plot_steps(found, plot, source.name)
         show(f"plot      {plot}")
 
 

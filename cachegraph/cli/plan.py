@@ -80,9 +80,9 @@ def _show_toca(
     from cachegraph.compiler.counters import count_toca
     from cachegraph.schedule.rows import plan_of
     from cachegraph.schedule.schedule import load_schedule
+    from cachegraph.schedule.schedule import uncached as uncached_schedule
 
-    asked = load_schedule(schedule)
-    full = load_schedule({"cachegraph": 1, "steps": 1, "policy": {"method": "full"}})
+    asked, full = load_schedule(schedule), uncached_schedule(1)
     traced, name = _traced(model, arch, inputs, input_size)
     flops = count_toca(plan_of(asked, traced), traced, batch)
     uncached = len(flops) * count_toca(plan_of(full, traced), traced, batch)[0]

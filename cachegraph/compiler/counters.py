@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cachegraph.errors import PlanError
-from cachegraph.methods.toca import blocks_of
-from cachegraph.model.site import Site, SiteKind, describe
+from cachegraph.model.site import Site, SiteKind, blocks_of, describe
 from cachegraph.model.trace import TracedModel
 from cachegraph.plan.action import Action, Compute, Refresh, Row
 from cachegraph.plan.plan import Plan

@@ -31,6 +31,7 @@ _WORDS = {
     "tuple_type": ("has the wrong type", "a list"),
     "model_type": ("has the wrong type", "a mapping"),
     "model_attributes_type": ("has the wrong type", "a mapping"),
+    "greater_than": ("is too small", ""),
     "greater_than_equal": ("is too small", ""),
     "less_than_equal": ("is too large", ""),
     "finite_number": ("is not finite", "a number"),

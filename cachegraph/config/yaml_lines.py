@@ -56,10 +56,12 @@ class Source:
     Attributes:
         file: path as the user gave it, or empty for a mapping.
         lines: line, from 1, of each key path in the file.
+        within: the keys that lead to the section whose paths :meth:`where` takes.
     """
 
     file: str = field(default="", compare=False)
     lines: Mapping[KeyPath, int] = field(default_factory=dict, compare=False)
+    within: KeyPath = field(default=(), compare=False)
 
     def line(self, path: KeyPath) -> int:
         """Line of ``path``, or of the innermost thing around it that the file has; 0: no file."""
@@ -69,6 +71,7 @@ class Source:
 
     def where(self, path: KeyPath) -> str:
         """``file:line`` of ``path``, or ``schedule: policy.rows[3]`` where there is no file."""
+        path = (*self.within, *path)
         if self.file:
             return f"{self.file}:{max(self.line(path), 1)}"
         return f"schedule: {dotted(path)}" if path else "schedule"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import fx
 
 from cachegraph.model.shapes import Shapes
-from cachegraph.model.site import Site
+from cachegraph.model.site import VALUE, Site
 from cachegraph.plan.selection import Selection
 from cachegraph.plan.slot import Slot
 from cachegraph.plan.variant import Variant, extra_spec
@@ -21,7 +21,6 @@ from .binding import Binding, Known, binding_times
 SLOT = "cachegraph_slot"  # Slot of a placeholder or of a write
 CONSTANT = "cachegraph_constant"  # StepConstant of a placeholder
 KNOWN = "cachegraph_known"  # Known of a placeholder
-VALUE = "cachegraph_value"  # (site name, value index) on the node that makes a site's value
 ORIGIN = "cachegraph_origin"  # Origin of a node that a pass made
 
 

@@ -13,7 +13,7 @@ import torch
 
 from cachegraph.model.site import SiteKind
 
-from .tokens import DucaPolicy, TokenPolicy
+from .token_keys import TokenKeys
 
 _SPREAD = 0.9  # of the schedules that are not named after a setting
 _MODE = 0.1
@@ -31,7 +31,7 @@ _WEIGHTS = {
 }
 
 
-def interval(policy: TokenPolicy, at: int, steps: int) -> int:
+def interval(policy: TokenKeys, at: int, steps: int) -> int:
     """Steps between full steps, as a full step sets it for those that follow.
 
     Args:
@@ -48,17 +48,15 @@ def interval(policy: TokenPolicy, at: int, steps: int) -> int:
     return rounded
 
 
-def _interval_weight(policy: TokenPolicy) -> float:
+def _interval_weight(policy: TokenKeys) -> float:
     if policy.fresh_ratio == 0:
         return 0.0  # "FORA"
     if policy.rules == "dit":
         return 0.4
-    return 0.0 if isinstance(policy, DucaPolicy) else -0.2
+    return policy.pixart_interval_weight
 
 
-def ratio(
-    policy: TokenPolicy, kind: SiteKind, at: int, steps: int, block: int, blocks: int
-) -> float:
+def ratio(policy: TokenKeys, kind: SiteKind, at: int, steps: int, block: int, blocks: int) -> float:
     """Share of a site's tokens that a partial step recomputes; may lie outside of 0 to 1.
 
     Args:

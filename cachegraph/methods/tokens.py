@@ -1,188 +1,170 @@
-"""The policies that recompute some tokens of a site: ToCa and DuCa.
+"""Full steps, and steps in between that recompute some tokens or skip all blocks (ToCa, DuCa).
 
-What stands for a key that is left out depends on ``rules``: it is what the published code for that
-model uses.
+Sources: Shenyi-Z/ToCa, ``DiT-ToCa`` and ``PixArt-alpha-ToCa``; Shenyi-Z/DuCa, ``DuCa-DiT`` and
+``DuCa-PixArt-alpha`` (``models.py`` or ``PixArt.py``, and ``cache_functions``).
+
+The code decides at every block anew what the step is, and a full pass of the first block changes
+the interval. So a step can be full in the first block and something else in all others: a mixed
+step. ``quirks: false`` decides once a step, before anything changes. All else stays as the code has
+it: the interval that varies along a trajectory, the ratios, truncation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from enum import Enum, auto
 
-from pydantic import Field, FiniteFloat, model_validator
+from cachegraph.errors import PlanError
+from cachegraph.model.site import SiteKind, blocks_of, describe
+from cachegraph.plan.action import Action, Compute, Refresh, Reuse, Row
+from cachegraph.plan.selection import Selection
 
-from cachegraph.config.problems import Problem, describe
-from cachegraph.config.sections import PolicySection, Section
-
-RatioSchedule = Literal[
-    "constant",
-    "linear",
-    "exp",
-    "linear-mode",
-    "layerwise",
-    "linear-layerwise",
-    "ddim50",
-    "ddpm250",
-    "pixart",
-    "toca",
-]
-ScoreName = Literal["attention", "cross-attention", "kv-norm", "similarity", "norm", "random"]
-
-_GRID = "two whole numbers, at least 1: height and width in tokens"
-_ONLY_FOR = {"ddim50": "dit", "ddpm250": "dit", "pixart": "pixart"}  # ratio schedule -> rules
+from . import ratios
+from .method import Ruled
+from .token_choice import choose, refreshed
+from .token_keys import TokenKeys
 
 
-class Bonus(Section):
-    """The best token of each ``cell`` x ``cell`` tokens gets ``weight`` times its score added."""
+class StepType(Enum):
+    """What a step does in a block."""
 
-    weight: FiniteFloat = Field(default=0.6, ge=0, description="a number, at least 0; 0 for none")
-    cell: int = Field(default=2, ge=1, description="a whole number, at least 1: side in tokens")
-
-
-class TokenPolicy(PolicySection):
-    """What ToCa and DuCa have in common.
-
-    Steps at which everything is computed stand about ``interval`` apart; in between, ``attn`` is
-    reused and a share of the tokens of the other sites recomputed. ``rules`` says whose reference
-    code decides: that for DiT counts steps down, that for PixArt counts up.
-    """
-
-    published: ClassVar[Mapping[str, Mapping[str, object]]]  # rules -> defaults
-
-    interval: int = Field(
-        ge=1, description="a whole number, at least 1: steps from one full step to the next"
-    )
-    fresh_ratio: FiniteFloat = Field(
-        default=0.07, ge=0, le=1, description="a number from 0 to 1: share of the tokens"
-    )
-    ratio_schedule: RatioSchedule = Field(
-        default="ddim50", description="the name of a schedule: how the share changes"
-    )
-    score: ScoreName = Field(
-        default="attention", description="what the choice of tokens goes by: the name of a score"
-    )
-    age_weight: FiniteFloat = Field(
-        default=0.25, ge=0, description="a number, at least 0: what age adds to the score"
-    )
-    bonus: Bonus = Field(default=Bonus(), description="a mapping with any of weight, cell")
-    rules: Literal["dit", "pixart"] = Field(default="dit", description="one of dit, pixart")
-    quirks: bool = Field(
-        default=True,
-        description="true or false: whether the code's steps of mixed types are kept",
-    )
-    grid: tuple[int, ...] | None = Field(default=None, description=_GRID)
-    seed: int | None = Field(
-        default=None, ge=0, description="a whole number, at least 0, for 'score: random'"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _published_defaults(cls, data: object) -> object:
-        """Fills in what the published code for ``rules`` uses; errors come from the fields."""
-        if not isinstance(data, Mapping):
-            return data
-        rules = data.get("rules")
-        defaults = cls.published.get(rules if isinstance(rules, str) else "dit", {})
-        filled = {**defaults, **data}
-        usual, bonus = defaults.get("bonus"), data.get("bonus")
-        if isinstance(bonus, Mapping) and isinstance(usual, Mapping):
-            filled["bonus"] = {**usual, **bonus}
-        if data.get("score") == "random":
-            filled.setdefault("seed", 0)
-        return filled
-
-    def problems(self, steps: int) -> Iterator[Problem]:
-        """Keys that do not fit together."""
-        yield from self._ratio_problems()
-        if self.seed is not None and self.score != "random":
-            what = f"'seed' with 'score: {self.score}', which draws nothing"
-            yield Problem(("seed",), what, "no seed, or 'score: random'", f"{self.seed}")
-        yield from self._grid_problems()
-
-    def _ratio_problems(self) -> Iterator[Problem]:
-        name = self.ratio_schedule
-        rules = _ONLY_FOR.get(name, self.rules)
-        if rules != self.rules:
-            what = f"'ratio_schedule: {name}' with 'rules: {self.rules}'"
-            remedy = f"that schedule is for 'rules: {rules}'"
-            yield Problem(("ratio_schedule",), what, _fitting(self.rules), name, remedy)
-
-    def _grid_problems(self) -> Iterator[Problem]:
-        grid, cell = self.grid, self.bonus.cell
-        if grid is None:
-            return
-        if len(grid) != 2:
-            yield Problem(("grid",), "'grid' is no pair", _GRID, describe(grid))
-            return
-        for at, side in enumerate(grid):
-            if side < 1:
-                yield Problem(("grid", at), f"'grid[{at}]' is too small", _GRID, f"{side}")
-            elif self.bonus.weight and side % cell:
-                what = f"'grid[{at}]' does not divide into cells of {cell} x {cell} tokens"
-                remedy = "choose another 'bonus: {cell: ...}', or 'bonus: {weight: 0}' for none"
-                yield Problem(("grid", at), what, f"a multiple of {cell}", f"{side}", remedy)
+    FULL = auto()  # everything is computed
+    PARTIAL = auto()  # attention is reused, some tokens of the rest are recomputed
+    SKIP = auto()  # nothing is run; the last block hands out what it did a step before
 
 
-class TocaPolicy(TokenPolicy):
-    """ToCa: full steps, and partial ones in between (Shenyi-Z/ToCa, arXiv 2410.05317).
-
-    Defaults: ``DiT-ToCa`` and ``PixArt-alpha-ToCa``, the commands of the README and
-    ``cache_cutfresh.py``.
-    """
-
-    published: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "dit": {
-            "fresh_ratio": 0.07,
-            "ratio_schedule": "ddim50",
-            "score": "attention",
-            "bonus": {"weight": 0.6, "cell": 2},
-        },
-        "pixart": {
-            "fresh_ratio": 0.3,
-            "ratio_schedule": "pixart",
-            "score": "cross-attention",
-            "bonus": {"weight": 0.4, "cell": 4},
-        },
-    }
-
-    method: Literal["toca"]
-
-    def _ratio_problems(self) -> Iterator[Problem]:
-        """Also the name ``toca``, which has meant different numbers in versions of this code."""
-        yield from super()._ratio_problems()
-        if self.ratio_schedule == "toca":
-            what = "'ratio_schedule: toca' in toca policy"
-            yield Problem(("ratio_schedule",), what, _fitting(self.rules), "toca")
+StepTypes = tuple[StepType, StepType]  # in the first block, and in all others
 
 
-class DucaPolicy(TokenPolicy):
-    """DuCa: as ToCa, but every second step in between skips all blocks (Shenyi-Z/DuCa).
+class TokenMethod(TokenKeys):
+    """What follows from the keys of ToCa and DuCa."""
 
-    Defaults: ``DuCa-DiT`` with the score of the paper (arXiv 2412.18911) and
-    ``DuCa-PixArt-alpha``. ``ratio_schedule: toca`` is what its code calls so: the numbers of
-    ``ddim50`` or, with ``rules: pixart``, of ``pixart``.
-    """
+    def make_selection(self, sites: Ruled) -> Selection | None:
+        """How tokens are chosen, where a share of them is."""
+        return choose(self, sites) if self.fresh_ratio else None
 
-    published: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "dit": {
-            "fresh_ratio": 0.05,
-            "ratio_schedule": "toca",
-            "score": "kv-norm",
-            "bonus": {"weight": 0.8, "cell": 2},
-        },
-        "pixart": {
-            "fresh_ratio": 0.75,
-            "ratio_schedule": "toca",
-            "score": "cross-attention",
-            "bonus": {"weight": 0.4, "cell": 4},
-        },
-    }
+    def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
+        """What every step does at the ruled sites."""
+        types = self.step_types(steps)
+        choice, counts = None, dict[str, int]()
+        if any(StepType.PARTIAL in pair for pair in types):
+            choice = self.make_selection(sites)
+        if choice is not None:
+            tokens = choice.grid[0] * choice.grid[1]
+            counts = {site.name: tokens for site in refreshed(self, sites)}
+        if any(StepType.SKIP in pair for pair in types):
+            self._check_stack(sites)
+        columns: dict[str, list[Action]] = {}
+        groups = blocks_of(sites.model)
+        for number, block in enumerate(groups):
+            here = [pair[min(number, 1)] for pair in types]
+            for site in block:
+                n = counts.get(site.name, 0)
+                shares = [
+                    ratios.ratio(self, site.kind, at, steps, number, len(groups))
+                    for at in self._numbers(steps)
+                ]
+                fresh = [ratios.token_count(share, n) if n else 0 for share in shares]
+                columns[site.name] = self._column(choice, site.name, here, fresh, n)
+        last = [pair[min(len(groups), 2) - 1] for pair in types]
+        columns |= {s.name: _stack_column(last) for s in sites if s.kind == SiteKind.STACK}
+        return tuple(tuple(columns[site.name][step] for site in sites) for step in range(steps))
 
-    method: Literal["duca"]
+    def step_types(self, steps: int) -> tuple[StepTypes, ...]:
+        """What each step is in the first block, and in the others (``cal_type.py``)."""
+        types = []
+        interval = self.interval
+        for at in self._numbers(steps):
+            first = self._type(at, steps, interval)
+            others = first
+            if first is StepType.FULL:
+                interval = ratios.interval(self, at, steps)
+                others = self._type(at, steps, interval) if self.quirks else first
+            types.append((first, others))
+        return tuple(types)
+
+    def _numbers(self, steps: int) -> range:
+        """The steps as the published code numbers them."""
+        return range(steps - 1, -1, -1) if self.rules == "dit" else range(steps)
+
+    def _type(self, at: int, steps: int, interval: int) -> StepType:
+        is_first = at == self._numbers(steps)[0]
+        if is_first or at % interval == 0:
+            return StepType.FULL
+        if self.skips_stack and at % interval % 2 == 0:
+            return StepType.SKIP
+        return StepType.PARTIAL
+
+    def _column(
+        self,
+        choice: Selection | None,
+        name: str,
+        types: Sequence[StepType],
+        fresh: Sequence[int],
+        tokens: int,
+    ) -> list[Action]:
+        """What the steps do at one site; ``fresh`` of its ``tokens`` are recomputed if partial.
+
+        A partial step without tokens reuses, yet all tokens grow older; one with all of them
+        computes and makes them young. A score that only full steps make is as old as the last of
+        them even then.
+        """
+        newest = scored = age = 0
+        seen: set[tuple[int, int]] = set()
+        actions: list[Action] = []
+        for step, (kind, count) in enumerate(zip(types, fresh, strict=True)):
+            if kind is StepType.FULL or (kind is StepType.PARTIAL and 0 < tokens <= count):
+                actions.append(Compute())
+                newest, age = step, 0
+                if kind is StepType.FULL or (choice is not None and not choice.foreseen):
+                    scored = step
+            elif kind is StepType.PARTIAL and count:
+                if (scored, age) in seen and choice is not None and choice.foreseen:
+                    raise self._reordered(name, step)
+                seen.add((scored, age))
+                actions.append(Refresh(newest, count, scored, age))
+                newest, age = step, age + 1
+            else:
+                actions.append(Reuse(newest))
+                age += kind is StepType.PARTIAL
+        return actions
+
+    def _check_stack(self, sites: Ruled) -> None:
+        if all(site.kind != SiteKind.STACK for site in sites.model):
+            raise PlanError(
+                "the policy skips all blocks, but the model has no site for all of them together",
+                place=self.where(),
+                expected="a chain of blocks, each taking what the one before it hands out",
+                found=describe(sites.model),
+                remedy="'method: toca' works without",
+            )
+        ruled = {site.name for site in sites}
+        if left_out := [site.name for site in sites.model if site.name not in ruled]:
+            raise PlanError(
+                "the policy skips all blocks, so it cannot leave out sites",
+                place=sites.place,
+                expected="no filter of sites, or one that lets all of them through",
+                found=", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else ""),
+            )
+
+    def _reordered(self, name: str, step: int) -> PlanError:
+        return PlanError(
+            f"{name} is computed whole between two partial steps, which makes all its tokens "
+            f"young: their order at step {step} cannot be made at the last full step",
+            place=self.where("fresh_ratio"),
+            expected="ratios that reach 1 only before or after the partial steps of an interval",
+            remedy="lower 'fresh_ratio', or choose another 'ratio_schedule'",
+        )
 
 
-def _fitting(rules: str) -> str:
-    """The ratio schedules that fit the rules, for errors."""
-    named = [name for name, own in _ONLY_FOR.items() if own == rules]
-    common = ("constant", "exp", "layerwise", "linear", "linear-layerwise", "linear-mode")
-    return f"one of {', '.join((*named, *common))}"
+def _stack_column(types: Sequence[StepType]) -> list[Action]:
+    """What the steps do with all blocks together, by what they do in the last block."""
+    newest = 0
+    actions: list[Action] = []
+    for step, kind in enumerate(types):
+        if kind is StepType.SKIP:
+            actions.append(Reuse(newest))
+        else:
+            actions.append(Compute())
+            newest = step
+    return actions

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cachegraph.errors import InputError, ModelError, nearest
-from cachegraph.runtime.tracking import TIMESTEP_NAMES
 from cachegraph.spec import TensorSpec, short_dtype
 
-from .signature import call_arguments
+from .signature import TIMESTEP_NAMES, call_arguments
 
 FORM = "NAME=SHAPE:DTYPE, such as x=2,4,32,32:f32"
 

@@ -19,6 +19,8 @@ from torch.utils import _pytree
 from cachegraph.errors import SessionError, TraceError, nearest
 from cachegraph.spec import TensorSpec
 
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "time_step")
+
 Tree = dict[str, Any]  # {"tensor": i} | {"const": v} | {"list"|"tuple": [...]} | {"dict": {...}}
 _CONSTANTS = (bool, int, float, str, type(None))
 _CONTAINER_SWITCH = "return_dict"  # diffusers: the same values in a tuple or in an object

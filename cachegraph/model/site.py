@@ -10,6 +10,9 @@ from fnmatch import fnmatchcase
 from cachegraph.errors import SiteError, nearest
 from cachegraph.spec import TensorSpec
 
+# Key in ``node.meta``: (site name, value index) on the node that makes a site's value.
+VALUE = "cachegraph_value"
+
 
 class SiteKind(StrEnum):
     """What a site computes."""
@@ -118,6 +121,15 @@ def block_of(site: Site) -> str:
     name = site.name.partition("@")[0]
     block, colon, _ = name.partition(":")
     return block if colon else name.rpartition(".")[0]
+
+
+def blocks_of(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites of each block, in order: those whose modules have the same parent."""
+    blocks: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.kind != SiteKind.STACK:
+            blocks.setdefault(block_of(site), []).append(site)
+    return list(blocks.values())
 
 
 def describe(sites: Sequence[Site]) -> str:

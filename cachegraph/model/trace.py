@@ -18,11 +18,10 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree
 
 from cachegraph.errors import ModelError, SiteError, TraceError
-from cachegraph.graph.step_graph import VALUE
 from cachegraph.spec import TensorSpec
 
 from .signature import CallSignature, call_arguments, make_signature
-from .site import Site
+from .site import VALUE, Site
 from .sites import find_sites, find_stack
 
 aten = torch.ops.aten

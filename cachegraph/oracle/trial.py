@@ -20,7 +20,7 @@ from cachegraph.model.trace import trace
 from cachegraph.plan.plan import make_plan
 from cachegraph.runtime.program import Program
 from cachegraph.runtime.runner import Runner
-from cachegraph.runtime.tracking import TIMESTEP_NAMES
+from cachegraph.runtime.tracking import timestep_input
 
 from .reference import ReferenceRunner
 
@@ -65,8 +65,7 @@ def calls(program: Program, seed: int) -> Iterator[dict[str, Any]]:
     signature = program.signature
     specs = [(name, spec.sizes(program.symbols), spec.dtype) for name, spec in signature.inputs]
     tensors = [random_tensor(*spec, generator) for spec in specs]
-    names = [name for name, _, _ in specs]
-    clock = next((names.index(name) for name in TIMESTEP_NAMES if name in names), None)
+    clock = timestep_input(signature)
     for time in times(program):
         tensors[0] = random_tensor(*specs[0], generator)
         if clock is not None:

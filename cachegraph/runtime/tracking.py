@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from cachegraph.errors import SessionError, TooManyCallsError, UnfinishedWarning
-from cachegraph.model.signature import CallSignature
+from cachegraph.model.signature import TIMESTEP_NAMES, CallSignature
 from cachegraph.spec import TensorSpec
 
 from .continuity import Link
 
 Track = Literal["timestep", "count"]
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "time_step")
 _REPEATED = (
     "separate cond and uncond calls need run.cache_context('cond'), two images at a time a "
     "run.session() each, a sampler that repeats timesteps (Heun) track='count' or step="

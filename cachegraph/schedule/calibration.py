@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, FiniteFloat, PlainSerializer
 
 from cachegraph.config.problems import Problem, describe, refuse
-from cachegraph.methods.policies import Section
+from cachegraph.config.sections import Section
 
 LARGEST = 1e9  # a relative change: something is wrong with the model long before
 

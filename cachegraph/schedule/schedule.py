@@ -1,6 +1,6 @@
 """Schedules: what is computed at which step of the sampling loop, as YAML or a dict.
 
-``schedules/README.md`` shows the format by example; the policies are in ``schedule_policies``.
+``schedules/README.md`` shows the format by example; the policies are in ``methods``.
 """
 
 from __future__ import annotations
@@ -8,34 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import (
-    Field,
-    FiniteFloat,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from cachegraph.config.problems import Problem, describe, one_of, refuse, to_schedule_error
+from cachegraph.config.sections import Section
 from cachegraph.config.yaml_lines import Source, read_yaml, write_yaml
 from cachegraph.errors import ScheduleError, near, nearest
-from cachegraph.methods.policies import FullPolicy, GOCCorrection, Policy, Section, TaylorSeerPolicy
-from cachegraph.methods.tokens import TokenPolicy
+from cachegraph.methods import METHODS, UNCACHED
+from cachegraph.methods.correction import GOCCorrection
+from cachegraph.methods.method import PRESETS, Method
 
 from .calibration import CalibrationData
 
 FORMAT = 1  # the newest file format that can be read
 MAX_STEPS = 100_000
 
+if TYPE_CHECKING:
+    Policy = Method
+else:
+    Policy = Annotated[Union[METHODS], Field(discriminator="method")]  # noqa: UP007
+
 _NEAR = 4  # presets that are listed for a misspelt one
-_PRESETS = Path(__file__).parents[1] / "schedules"
 
 
 class SiteFilter(Section):
@@ -53,7 +52,7 @@ class SiteFilter(Section):
         default=(), description="a list of globs over the names of sites"
     )
 
-    def problems(self) -> Iterator[Problem]:
+    def problems(self, steps: int) -> Iterator[Problem]:
         """Kinds that are named twice."""
         for at, kind in enumerate(self.kinds):
             if kind in self.kinds[:at]:
@@ -102,33 +101,36 @@ class Schedule(Section):
     calibration: CalibrationData | None = Field(
         default=None, description="a mapping with trajectories and errors"
     )
-    _source: Source = PrivateAttr(default_factory=Source)
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:
-        policy = (_under("policy", one) for one in self.policy.problems(self.steps))
-        sites = (_under("sites", one) for one in self.sites.problems())
+        self._stands_in(Source())
         refuse(
             "Schedule",
             [
-                *policy,
+                *self._problems_of("policy"),
+                *self._problems_of("correction"),
                 *self._correction_problems(),
-                *sites,
+                *self._problems_of("sites"),
                 *self._timestep_problems(),
-                *self._calibration_problems(),
+                *self._problems_of("calibration"),
             ],
         )
         return self
 
+    def _problems_of(self, key: str) -> Iterator[Problem]:
+        """The problems of a section that is there."""
+        section: Section | None = getattr(self, key)
+        for one in section.problems(self.steps) if section is not None else ():
+            yield replace(one, path=(key, *one.path))
+
     def _correction_problems(self) -> Iterator[Problem]:
-        if self.correction is None:
-            return
-        yield from (_under("correction", p) for p in self.correction.problems(self.steps))
-        if isinstance(self.policy, FullPolicy | TaylorSeerPolicy | TokenPolicy):
+        if self.correction is not None and not self.policy.correctable:
+            able = ", ".join(sorted(one.name() for one in METHODS if one.correctable))
             yield Problem(
                 ("correction",),
                 f"a correction of the {self.policy.method} policy",
-                "a policy that reuses: fora, router, smoothcache, table",
+                f"a policy that reuses: {able}",
                 self.policy.method,
             )
 
@@ -156,55 +158,12 @@ class Schedule(Section):
                 )
                 return
 
-    def _calibration_problems(self) -> Iterator[Problem]:
-        if self.calibration is not None:
-            problems = self.calibration.problems(self.steps)
-            yield from (_under("calibration", one) for one in problems)
-
-    def where(self, *path: str | int) -> str:
-        """Where a key stands, for messages: ``path.yaml:17``, or ``schedule: policy.rows[3]``.
-
-        Args:
-            path: the keys that lead to it, such as ``"policy", "rows", 3``; a key that is not in
-                the file (a default) stands where the nearest key around it does.
-        """
-        return self._source.where(path)
-
-    def file(self, name: str, *path: str | int) -> Path:
-        """A file that the schedule names: beside the schedule, else in the current folder.
-
-        Args:
-            name: as written.
-            path: the keys that lead to it, for the error.
-
-        Raises:
-            ScheduleError: no such file.
-        """
-        beside = Path(self._source.file).parent if self._source.file else Path()
-        places = [beside / name, Path(name)]  # an absolute path stays what it is
-        for place in places:
-            if os.path.isfile(place):  # unlike Path.is_file, it takes any name
-                return place
-        if beside.resolve() == _PRESETS.resolve():
-            raise ScheduleError(
-                f"the {self.policy.method} policy reads {name!r}, which presets come without",
-                place=self.where(*path),
-                expected="that file in the current folder",
-                remedy=f"the preset says: {self._whence()}",
-            )
-        raise ScheduleError(
-            f"no file {name!r}",
-            place=self.where(*path),
-            expected=" or ".join(dict.fromkeys(map(str, places))),
-            remedy="put the published file there, or give its path",
-        )
-
-    def _whence(self) -> str:
-        """What the comment on top of a preset says of the repository of its file."""
-        lines = Path(self._source.file).read_text(encoding="utf-8").splitlines()
-        comment = " ".join(line[1:].strip() for line in lines if line.startswith("#"))
-        sentences = re.split(r"\.(?:\s|$)", comment)
-        return next((s for s in sentences if re.search(r"(in|with) \S+ of [\w-]+/\w", s)), comment)
+    def _stands_in(self, source: Source) -> None:
+        """Say where the schedule is from, for errors that come later."""
+        self._source = source
+        self.policy._source = replace(source, within=("policy",))
+        if self.correction is not None:
+            self.correction._source = replace(source, within=("correction",))
 
     def digest(self) -> str:
         """SHA-256 of what the schedule says; equal for equal schedules, wherever they stand."""
@@ -246,9 +205,14 @@ def load_schedule(source: str | Path | Mapping[str, object] | Schedule) -> Sched
     )
 
 
+def uncached(steps: int) -> Schedule:
+    """The schedule that caches nothing."""
+    return Schedule(cachegraph=FORMAT, steps=steps, policy=UNCACHED)
+
+
 def presets() -> dict[str, Path]:
     """The schedules that come with cachegraph, by name and in the order of the names."""
-    paths = {path.stem: path for path in _PRESETS.glob("*.yaml")}
+    paths = {path.stem: path for path in PRESETS.glob("*.yaml")}
     return dict(sorted(paths.items()))
 
 
@@ -266,7 +230,7 @@ def _build(data: object, source: Source) -> Schedule:
         schedule = Schedule.model_validate(data)
     except ValidationError as error:
         raise to_schedule_error(error, Schedule, source) from None
-    schedule._source = source
+    schedule._stands_in(source)
     return schedule
 
 
@@ -307,7 +271,3 @@ def _plain(value: object) -> object:
         case list() | tuple():
             return tuple(_plain(item) for item in value)
     return value
-
-
-def _under(key: str, problem: Problem) -> Problem:
-    return replace(problem, path=(key, *problem.path))

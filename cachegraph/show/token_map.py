@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cachegraph.compiler.compile import ScheduleSource
 from cachegraph.errors import InputError
+from cachegraph.methods import METHODS
 from cachegraph.model.trace import trace
 from cachegraph.oracle.reference import ReferenceRunner
 from cachegraph.plan.action import Compute, Refresh, Row
@@ -57,7 +58,8 @@ def token_shares(
         raise InputError(
             "the schedule chooses no tokens",
             place=asked.where("policy"),
-            expected="a method that recomputes some of them: toca or duca",
+            expected="a method that recomputes some of them: "
+            + " or ".join(one.name() for one in METHODS if one.chooses_tokens),
         )
     runner = ReferenceRunner.of_plan(model, traced, plan, asked)
     shares = torch.zeros(plan.steps, *plan.selection.grid)

@@ -16,12 +16,12 @@ from cachegraph.errors import VerifyError
 from cachegraph.graph.binding import Binding, Roofline, binding_times, worth_hoisting
 from cachegraph.graph.step_graph import Pass, StepGraph
 from cachegraph.graph.text import difference, graph_text
-from cachegraph.model.trace import TracedModel, trace
+from cachegraph.model.trace import TracedModel
 from cachegraph.passes import PIPELINE
 from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import load_schedule
 from cachegraph.zoo import PixArt
-from tests.models import fill_random, fora, tiny_dit
+from tests.models import fill_random, fora, shared_dit, tiny_dit
 from tests.tiny import Edit, check_golden
 
 linear = torch.ops.aten.linear.default
@@ -29,8 +29,7 @@ linear = torch.ops.aten.linear.default
 
 @pytest.fixture(scope="module")
 def traced() -> TracedModel:
-    model = tiny_dit(depth=1)
-    return trace(model, *model.example_inputs())
+    return shared_dit(depth=1)[1]
 
 
 def test_golden(traced: TracedModel, update_golden: bool) -> None:

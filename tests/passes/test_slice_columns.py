@@ -13,20 +13,18 @@ from torch.nn import functional as F
 from cachegraph.compiler.pipeline import PassReport, rewrite
 from cachegraph.graph.step_graph import Stage, StepGraph
 from cachegraph.graph.text import difference, graph_text
-from cachegraph.model.trace import trace
 from cachegraph.passes.slice_columns import SliceColumns
 from cachegraph.plan.variant import Variant
 from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import load_schedule
-from tests.models import fora, tiny_dit
+from tests.models import fora, shared_dit
 from tests.tiny import check_golden
 
 Use = Callable[[Tensor], Tensor]
 
 
 def test_golden(update_golden: bool) -> None:
-    model = tiny_dit(depth=1)
-    traced = trace(model, *model.example_inputs())
+    _, traced = shared_dit(depth=1)
     texts: dict[str, str] = {}
 
     def look(step: StepGraph, report: PassReport) -> None:

@@ -1,0 +1,115 @@
+"""Which tokens a partial step recomputes: the score, and the grid of cells of the bonus."""
+
+from __future__ import annotations
+
+from math import isqrt
+
+from cachegraph.errors import PlanError
+from cachegraph.model.site import Site, SiteKind, describe
+from cachegraph.plan.selection import Score, Selection
+
+from .method import Ruled
+from .token_keys import TokenKeys
+
+_REFRESHED = {
+    "dit": frozenset({SiteKind.MLP}),
+    "pixart": frozenset({SiteKind.MLP, SiteKind.CROSS_ATTN}),
+}
+_NEEDED = {  # the kind of site that makes a score
+    Score.ATTENTION: SiteKind.ATTN,
+    Score.KV_NORM: SiteKind.ATTN,
+    Score.CROSS_ATTENTION: SiteKind.CROSS_ATTN,
+}
+
+
+def choose(keys: TokenKeys, sites: Ruled) -> Selection:
+    """How tokens are chosen.
+
+    Raises:
+        PlanError: the score is not to be had, or the tokens form no grid of whole cells.
+    """
+    score = Score(keys.score)
+    needed = _NEEDED.get(score)
+    if needed is not None and all(site.kind != needed for site in sites.model):
+        raise PlanError(
+            f"no score {keys.score!r}: the model has no {needed} site",
+            place=keys.where("score"),
+            expected=f"a score that the model can give ({describe(sites.model)})",
+            remedy="choose another: " + ", ".join(s for s in Score if _available(s, sites)),
+        )
+    counts = {site.name: _tokens(keys, site) for site in refreshed(keys, sites)}
+    if len(set(counts.values())) != 1:
+        several = ", ".join(f"{name}: {n}" for name, n in counts.items())
+        raise PlanError(
+            "the sites to refresh have no common number of tokens" if counts else "nothing to do",
+            place=keys.where(),
+            expected="at least one site of kind "
+            + " or ".join(sorted(_REFRESHED[keys.rules]))
+            + ", and as many tokens in all of them",
+            found=several if len(several) < 200 else several[:200] + "...",
+            remedy="'sites: {exclude: ...}' leaves sites out" if counts else "",
+        )
+    return Selection(
+        score=score,
+        age_weight=keys.age_weight / keys.interval,
+        bonus=keys.bonus.weight,
+        cell=keys.bonus.cell if keys.bonus.weight else 1,
+        grid=_grid(keys, *set(counts.values())),
+        seed=keys.seed or 0,
+    )
+
+
+def refreshed(keys: TokenKeys, sites: Ruled) -> list[Site]:
+    """The ruled sites of the kinds that partial steps recompute tokens of."""
+    return [site for site in sites if site.kind in _REFRESHED[keys.rules]]
+
+
+def _available(score: Score, sites: Ruled) -> bool:
+    return score not in _NEEDED or any(site.kind == _NEEDED[score] for site in sites.model)
+
+
+def _tokens(keys: TokenKeys, site: Site) -> int:
+    """Tokens of a site's value ``(B, N, C)``."""
+    shape = site.values[0].spec.shape
+    tokens = shape[1] if len(shape) == 3 and len(site.values) == 1 else None
+    if not isinstance(tokens, int):
+        raise PlanError(
+            f"the tokens of {site.name} cannot be counted",
+            place=keys.where(),
+            expected="one value of shape (batch, tokens, channels), the tokens a number",
+            found=", ".join(str(value.spec) for value in site.values),
+            remedy="compile for a fixed image size, or leave the site out with 'sites: {exclude}'",
+        )
+    return tokens
+
+
+def _grid(keys: TokenKeys, tokens: int) -> tuple[int, int]:
+    side = isqrt(tokens)
+    if keys.grid is not None:
+        height, width = keys.grid
+    elif keys.bonus.weight and side * side != tokens:
+        raise PlanError(
+            f"{tokens} tokens form no square",
+            place=keys.where(),
+            expected="the grid of tokens",
+            remedy="add 'grid: [height, width]' to the policy, or 'bonus: {weight: 0}'",
+        )
+    else:
+        height, width = (side, side) if side * side == tokens else (1, tokens)
+    if height * width != tokens:
+        raise PlanError(
+            f"a grid of {height} x {width} does not hold {tokens} tokens",
+            place=keys.where("grid"),
+            expected=f"two numbers whose product is {tokens}",
+            found=f"{height * width}",
+        )
+    cell = keys.bonus.cell
+    if keys.bonus.weight and (height % cell or width % cell):
+        raise PlanError(
+            f"{height} x {width} tokens do not divide into cells of {cell} x {cell}",
+            place=keys.where("bonus", "cell"),
+            expected=f"a cell that divides {height} and {width}",
+            found=f"{cell}",
+            remedy="choose another cell, or 'bonus: {weight: 0}' for no bonus",
+        )
+    return height, width
