@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -58,16 +57,17 @@ class Trail:
             return Link.SAME
         half = len(latent) // 2 if len(latent) % 2 == 0 else len(latent)
         given, before = latent[:half].reshape(-1).float(), last[:half].reshape(-1).float()
+        chance = _CHANCE * (1 + 2 * len(self.outputs)) / given.numel()
+        if chance >= _PLAINLY:
+            return Link.UNKNOWN  # too few numbers to tell
         dots = torch.stack([given @ before, given @ given, before @ before]).tolist()
         if dots[0] ** 2 > _PLAINLY * dots[1] * dots[2] > 0:
             return Link.FOLLOWS
         parts = (part for out in self.outputs for part in _parts(out, last, half))
         basis = torch.stack([before, *(part.reshape(-1).float() for part in parts)], dim=1)
-        chance = _CHANCE * basis.shape[1] / given.numel()
-        within = basis @ (torch.linalg.pinv(basis) @ given) if chance < _PLAINLY else given
-        share = float((within.norm() / given.norm()) ** 2)
-        if chance >= _PLAINLY or not math.isfinite(share):
-            return Link.UNKNOWN  # too few numbers to tell, or none that mean anything
+        if not basis.isfinite().all() or not dots[1] > 0:
+            return Link.UNKNOWN
+        share = float((basis @ (torch.linalg.pinv(basis) @ given)).square().sum()) / dots[1]
         return Link.APART if share < chance else Link.FOLLOWS
 
 

@@ -141,17 +141,19 @@ class Tracking:
         known = self.timesteps
         if known is None:
             return self._by_order(position, time, link)
-        near = min(range(self.steps), key=lambda s: abs(known[s] - time))
-        if not _near(known[near], time):
-            rounded = [s for s, t in enumerate(known) if _near(_rounded(t, dtype), time)]
-            if rounded:  # neighbours may round to one value
-                return position.step + 1 if position.step + 1 in rounded else rounded[0]
+        fitting = [
+            s for s, t in enumerate(known) if _near(t, time) or _near(_rounded(t, dtype), time)
+        ]
+        if not fitting:
+            near = min(known, key=lambda t: abs(t - time))
             raise SessionError(
                 f"timestep {time:g} is not one of the schedule's",
-                expected=f"{self._expected(position)}; nearest {known[near]:g}",
+                expected=f"{self._expected(position)}; nearest {near:g}",
                 remedy="set the sampler's in the schedule, or load with timesteps=[...]",
             )
-        return near
+        # Neighbours may round to one value.
+        goes_on = position.step + 1 in fitting and link is not Link.SAME
+        return position.step + 1 if goes_on else fitting[0]
 
     def _by_order(self, position: Position, time: float, link: Link) -> int:
         """By the timesteps of the last whole trajectory, else by whether time goes on."""
