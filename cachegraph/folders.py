@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
+import platform
+import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EEXIST, ENOTEMPTY
@@ -13,6 +18,10 @@ from pathlib import Path
 from .errors import ArtifactError, InputError
 
 _ANOTHER = "choose another path"
+_LINUX = sys.platform == "linux"
+_HERE, _EXCHANGE = -100, 2  # of renameat2: relative to the current folder; exchange both
+
+_log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
@@ -79,20 +88,32 @@ def refuse_foreign(target: Path, mark: str, what: str) -> None:
 def written_whole(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` to write to, which takes its place when all went well.
 
-    Several may write to one place at a time; the last one to end stays.
+    It is on the disk then. Several may write to one place at a time; the last one to end stays.
+    What writers that were killed have left beside it is removed, and told in the log.
 
     Raises:
         InputError: the folder that ``target`` is in cannot be written to.
+        ArtifactError: writing failed, such as on a full disk; at ``target`` all is as it was.
     """
-    make_folder(target.parent, _ANOTHER)
-    partial = _beside(target, "partial")
-    partial.mkdir()
+    place = Path(os.path.realpath(target))  # a link stays one
+    make_folder(place.parent, _ANOTHER)
+    _sweep(place)
+    partial = _beside(place, "partial")
     try:
+        partial.mkdir()
         yield partial
-        _swap(partial, target)
-    except BaseException:
+        _sync(partial)
+        _swap(partial, place)
+        _sync_folder(place.parent)
+    except OSError as error:
+        raise ArtifactError(
+            "the output cannot be written",
+            place=str(error.filename or target),
+            found=error.strerror or str(error),
+            remedy="free some space, or choose another path",
+        ) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _problem(folder: Path) -> str:
@@ -105,25 +126,91 @@ def _problem(folder: Path) -> str:
 
 
 def _beside(target: Path, end: str) -> Path:
-    """A hidden name that no other writer has."""
-    return target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.{end}"
+    """A hidden name that no other writer has, and that says whose it is."""
+    name = f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{end}"
+    return target.parent / name
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", platform.node())
+
+
+def _sweep(target: Path) -> None:
+    """Remove what dead processes of this machine have left; put back what they took away."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)-[0-9a-f]+\.(partial|old)")
+    for path in sorted(target.parent.iterdir()):
+        found = pattern.fullmatch(path.name)
+        if not found or _lives(int(found[1])):
+            continue
+        if found[2] == "old" and not target.exists():
+            _log.warning("putting back what an interrupted process took away: %s", target)
+            path.rename(target)
+        else:
+            _log.warning("removing what an interrupted process left: %s", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Wait until a folder is on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_path(os.path.join(parent, name))
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        _sync_path(folder)
+
+
+def _sync_path(path: str | Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Put a finished folder in the place of an older one, if there is one."""
-    placed = False
-    while not placed:
+    """Put a finished folder in the place of an older one, if there is one, in one go.
+
+    Where the system has no exchange, nothing is there for a moment. What was there lies under the
+    name of the finished one afterwards.
+    """
+    while not _exchange(partial, target):
         old = _beside(target, "old")
         with suppress(FileNotFoundError):
             target.rename(old)
         try:
             partial.rename(target)
-            placed = True
         except BaseException as error:
             # Another writer may have put its own there in the meantime.
             if not isinstance(error, OSError) or error.errno not in (ENOTEMPTY, EEXIST):
                 with suppress(OSError):
                     old.rename(target)
                 raise
-        if old.exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):
+                old.rename(partial)
+            return
+
+
+def _exchange(partial: Path, target: Path) -> bool:
+    """Exchange two folders; False where the system cannot, or one of them is not there."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if _LINUX else None
+    if rename is None:
+        return False
+    names = os.fsencode(partial), os.fsencode(target)
+    done: int = rename(_HERE, names[0], _HERE, names[1], _EXCHANGE)
+    return done == 0

@@ -57,6 +57,9 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {
     "BitwiseFn_bitwise_xor": operator.xor,
 }
 
+_LONGEST = 2_000  # characters of an expression
+_LARGEST_EXPONENT = 64
+
 Dim = int | str  # a number, or an expression in shape symbols such as "s0" or "2*s0"
 
 
@@ -128,9 +131,11 @@ def evaluate(expression: str, symbols: Mapping[str, int]) -> int:
     """
     if expression in symbols:
         return symbols[expression]
+    if len(expression) > _LONGEST:
+        raise ValueError(f"not a size: a text of {len(expression)} characters")
     try:
         return _value(ast.parse(expression, mode="eval").body, symbols)
-    except SyntaxError:
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         raise ValueError(f"not a size: {expression!r}") from None
 
 
@@ -154,10 +159,19 @@ def _value(node: ast.expr, symbols: Mapping[str, int]) -> int:
         case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(operand, symbols))
         case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_value(left, symbols), _value(right, symbols))
+            base, other = _value(left, symbols), _value(right, symbols)
+            if isinstance(op, ast.Pow) and not 0 <= other <= _LARGEST_EXPONENT:
+                raise ValueError(f"not a size: an exponent of {other}")
+            return _bounded(_OPERATORS[type(op)](base, other))
         case ast.Call(ast.Name(id=name), args, []) if name in _FUNCTIONS:
             return _FUNCTIONS[name](*(_value(a, symbols) for a in args))
     raise ValueError(f"not a size: {ast.unparse(node)!r}")
+
+
+def _bounded(value: int) -> int:
+    if abs(value) >= 2**63:
+        raise ValueError(f"not a size: a number of {value.bit_length()} bits")
+    return value
 
 
 def short_dtype(dtype: torch.dtype) -> str:

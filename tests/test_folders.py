@@ -67,7 +67,10 @@ def test_what_is_being_written_is_hidden_and_as_others_may_read_it(tmp_path: Pat
 
 def test_what_was_lost_before_the_swap_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "out") as folder:
+    with (
+        pytest.raises(ArtifactError, match="No such file"),
+        written_whole(tmp_path / "out") as folder,
+    ):
         folder.rmdir()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 

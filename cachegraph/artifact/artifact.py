@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -31,6 +31,7 @@ from cachegraph.graph.weights import (
     refuse_changed,
     save_weights,
     stamp,
+    tensor_digests,
 )
 from cachegraph.runtime.cuda_graph import recorders
 from cachegraph.runtime.known import Prologues, StepFunction
@@ -38,18 +39,8 @@ from cachegraph.runtime.program import Program
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import Track
 
-from .manifest import (
-    COMPILED,
-    FORMAT,
-    GRAPHS,
-    MANIFEST,
-    SCHEDULE,
-    digest_in,
-    digest_of,
-    fingerprint,
-    program_data,
-)
-from .origin import Origin, content_digest
+from .manifest import COMPILED, GRAPHS, MANIFEST, SCHEDULE, Manifest, digest_in, record
+from .origin import Origin
 
 if TYPE_CHECKING:
     from cachegraph.schedule.schedule import Schedule
@@ -237,18 +228,15 @@ class Artifact:
             lines = ",\n".join(json.dumps(node) for node in graph_to_json(module.graph))
             (folder / GRAPHS / f"{name}.json").write_text(f"[\n{lines}\n]\n")
         files = sorted(p for p in folder.rglob("*") if p.is_file())
-        manifest: dict[str, Any] = {
-            "cachegraph": FORMAT,
-            "torch": torch.__version__.split("+")[0],
-            "backend": self.backend,
-            "aliases": aliases,
-            "files": {str(p.relative_to(folder)): fingerprint(p) for p in files},
-            "program": program_data(self.program),
-        }
-        if origin is not None and origin.unchanged():
-            manifest["made_from"] = made_from(folder, origin)
-        manifest["digest"] = digest_of(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        Manifest(
+            torch=torch.__version__.split("+")[0],
+            backend=self.backend,
+            files={str(p.relative_to(folder)): record(p) for p in files},
+            weights=tensor_digests(folder / WEIGHTS_FILE),
+            aliases=aliases,
+            program=self.program,
+            made_from=origin.digest if origin is not None and origin.unchanged() else None,
+        ).write(folder)
 
     def _write_compiled(self, folder: Path, progress: Progress) -> None:
         """What the backend compiled ahead of time, if it does."""
@@ -260,8 +248,3 @@ class Artifact:
         else:
             folder.mkdir(parents=True)
             self._emit(chosen, folder, progress)
-
-
-def made_from(folder: Path, origin: Origin) -> dict[str, str]:
-    """What a manifest says of an origin; the weights' content, too, which loading does not read."""
-    return {"origin": origin.digest, "weights": content_digest(folder / WEIGHTS_FILE)}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +24,52 @@ COMPILED = "compiled"
 GRAPHS = "graphs"
 
 
-def program_of(manifest: Mapping[str, Any], folder: Path) -> Program:
-    """The program that a manifest describes.
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written; of the weights each tensor has a digest of its own instead."""
 
-    Raises:
-        ArtifactError: it describes none.
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that an artifact says of itself.
+
+    Attributes:
+        torch: version that it was compiled with.
+        backend: that it was compiled for.
+        files: by their names in the folder, the manifest's own left out.
+        weights: name -> SHA-256 of the tensor's bytes.
+        aliases: name -> the weight that it is another name of.
+        program: what the steps do.
+        made_from: digest of all that it was made from, where that can be told.
     """
-    try:
-        found: Program = from_data(manifest.get("program"), Program, "program")
-    except DataError as error:
-        raise ArtifactError(
-            f"the manifest does not describe a program: {error.path}",
-            place=str(folder / MANIFEST),
-            expected=error.expected,
-            found=error.found,
-            remedy="compile the artifact again",
-        ) from error
-    return found
+
+    torch: str
+    backend: str
+    files: Mapping[str, FileRecord]
+    weights: Mapping[str, str]
+    aliases: Mapping[str, str]
+    program: Program
+    made_from: str | None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what it says."""
+        return digest_of(self._data())
+
+    def write(self, folder: Path) -> None:
+        """Write it; the last file of a folder."""
+        content = json.dumps(self._data() | {"digest": self.digest}, indent=1) + "\n"
+        (folder / MANIFEST).write_text(content)
+
+    def _data(self) -> dict[str, Any]:
+        return {"cachegraph": FORMAT, **to_data(self, Manifest)}
 
 
-def program_data(program: Program) -> Any:
-    """The program as the manifest holds it."""
-    return to_data(program, Program)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest, without its digest.
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact.
 
     Raises:
         ArtifactError: there is none, or it is damaged, edited, or of another format.
@@ -87,39 +110,54 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             place=str(folder / MANIFEST),
             remedy="compile the artifact again",
         )
-    return manifest
+    del manifest["cachegraph"]
+    try:
+        found: Manifest = from_data(manifest, Manifest)
+    except DataError as error:
+        raise ArtifactError(
+            f"the manifest is wrong: {error.path}",
+            place=str(folder / MANIFEST),
+            expected=error.expected,
+            found=error.found,
+            remedy="compile the artifact again",
+        ) from error
+    for name in found.files:
+        if not all(re.fullmatch(r"[\w.+-]+", part) and part != ".." for part in name.split("/")):
+            raise ArtifactError(
+                f"the manifest names a file outside of the artifact: {name!r}",
+                place=str(folder / MANIFEST),
+            )
+    return found
 
 
-def check_file(path: Path, expected: Mapping[str, Any]) -> None:
-    """Refuse a file that is not as it was written.
+def read_file(folder: Path, name: str, expected: FileRecord) -> bytes:
+    """A file as it was written; of the weights, which have digests of their own, nothing.
 
     Raises:
         ArtifactError: it is missing, or has another size or content.
     """
+    path = folder / name
     size = path.stat().st_size if path.is_file() else None
     found = "no such file" if size is None else f"{size} bytes"
-    if size == expected["bytes"]:
-        if expected["sha256"] is None or _sha256(path) == expected["sha256"]:
-            return
+    if size == expected.bytes:
+        content = path.read_bytes() if expected.sha256 else b""
+        if not expected.sha256 or hashlib.sha256(content).hexdigest() == expected.sha256:
+            return content
         found = "other content of the same size"
     raise ArtifactError(
         "a file of the artifact is damaged",
         place=str(path),
-        expected=f"{expected['bytes']} bytes as written",
+        expected=f"{expected.bytes} bytes as written",
         found=found,
         remedy="compile the artifact again",
     )
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What :func:`check_file` compares."""
-    # Hashing gigabytes of weights would make loading slow; their size and header are checked.
-    digest = None if path.name == WEIGHTS_FILE else _sha256(path)
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def record(path: Path) -> FileRecord:
+    """What :func:`read_file` compares; of the weights their size alone."""
+    whole = path.name != WEIGHTS_FILE
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if whole else ""
+    return FileRecord(path.stat().st_size, digest)
 
 
 def digest_in(folder: Path) -> str:

@@ -5,11 +5,13 @@ Modules that import torch are imported inside the commands, so that ``--help`` i
 
 from __future__ import annotations
 
+import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -82,7 +84,13 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line of this process and ends it with an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="cachegraph")
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    """End as Ctrl-C does: what was begun is cleaned up on the way out."""
+    sys.exit(128 + number)
 
 
 def _show_version(asked: bool) -> None:
@@ -138,6 +146,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
         (
             "cachegraph verify DiT-XL-2-256x256-fora-n3.cgraph --model DiT-XL-2-256x256.pt",
             "cachegraph verify digits-fora-n3.cgraph --model digits --calls 10",
+            "cachegraph verify digits-fora-n3.cgraph --integrity",
         ),
     ),
     (

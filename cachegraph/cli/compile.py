@@ -129,9 +129,12 @@ def verify(
         Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="What compile wrote.")
     ],
     model: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="MODEL", show_default=False, help="The model that it was made from."),
-    ],
+    ] = None,
+    integrity: Annotated[
+        bool, typer.Option("--integrity", help="Look at the artifact alone; needs no model.")
+    ] = False,
     arch: ArchOption = None,
     count: Annotated[
         str,
@@ -141,6 +144,34 @@ def verify(
     seed: SeedOption = 0,
 ) -> None:
     """Compare an artifact with the model under plain Python hooks, on random inputs."""
+    if integrity:
+        _check_integrity(artifact)
+    if model is not None:
+        _compare(artifact, model, arch, count, tolerance, seed)
+    elif not integrity:
+        raise InputError(
+            "nothing to compare the artifact with",
+            expected="--model MODEL, that it was made from, or --integrity",
+        )
+
+
+def _check_integrity(artifact: Path) -> None:
+    """Every file and weight against its digest, the parts against each other."""
+    from cachegraph.artifact.load import load_artifact
+
+    with progress() as say:
+        say("reading the artifact")
+        found = load_artifact(artifact)
+        for module in (*found.graphs, *found.prologues.values()):
+            module.graph.lint()
+        plan = found.program.plan
+    variants = f"{len(plan.variants)} variants, {len(found.weights)} weights"
+    show(f"{artifact}: whole: {plan.steps} steps, {variants}")
+
+
+def _compare(
+    artifact: Path, model: str, arch: str | None, count: str, tolerance: float, seed: int
+) -> None:
     from cachegraph.artifact.load import load_artifact
     from cachegraph.compiler.sources import open_model
     from cachegraph.oracle.trial import compare, reference_of

@@ -248,6 +248,7 @@ def _match(path: str, tree: Tree, value: Any, found: dict[int, Tensor]) -> None:
         case {"const": traced}:
             _match_constant(path, traced, value)
         case {"dict": children}:
+            value = {} if value is None else value
             if not isinstance(value, dict) or set(value) != set(children):
                 raise _other_form(path, f"a dict with the keys {sorted(children)}", value)
             for key, child in children.items():
@@ -261,6 +262,7 @@ def _match(path: str, tree: Tree, value: Any, found: dict[int, Tensor]) -> None:
 
 def _match_constant(path: str, traced: Any, value: Any) -> None:
     same = type(value) is type(traced) and value == traced
+    same = same or (traced is None and value == {})  # pipelines pass either for "no options"
     if not same and path != _CONTAINER_SWITCH:
         raise SessionError(
             f"argument {path} differs from the traced one",

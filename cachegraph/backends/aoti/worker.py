@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,16 @@ def _tensor(numbers: Any, spec: TensorSpec) -> Tensor:
     return torch.tensor(numbers, dtype=spec.dtype).reshape(sizes)
 
 
+def _end_with(parent: int) -> None:
+    """End this process, and the compiler that it started, once its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
 def main() -> None:
     """Compile the job to the file."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     source, target = map(Path, sys.argv[1:])
     job = json.loads(source.read_text())
     device = torch.device(job["built_for"]["device"])
