@@ -105,6 +105,7 @@ def _chosen(schedule: Schedule, sites: Sequence[Site]) -> frozenset[str]:
         kinds=schedule.sites.kinds,
         include=schedule.sites.include,
         exclude=schedule.sites.exclude,
+        named="kinds" in schedule.sites.model_fields_set,
         place=schedule.where("sites"),
     )
 
