@@ -25,7 +25,7 @@ from cachegraph.plan.action import Compute, Reuse, Row
 from cachegraph.plan.plan import Plan, make_plan
 from cachegraph.plan.selection import Selection
 
-from .schedule import Schedule
+from .schedule import Schedule, SiteFilter
 
 Decisions = Sequence[Sequence[bool]]  # [step][site]: True where the site is computed
 
@@ -105,7 +105,7 @@ def _chosen(schedule: Schedule, sites: Sequence[Site]) -> frozenset[str]:
         kinds=schedule.sites.kinds,
         include=schedule.sites.include,
         exclude=schedule.sites.exclude,
-        named="kinds" in schedule.sites.model_fields_set,
+        named=set(schedule.sites.kinds) != set(SiteFilter().kinds),  # all kinds: what there is
         place=schedule.where("sites"),
     )
 
