@@ -26,6 +26,7 @@ from .signature import CallSignature, call_arguments, make_signature
 from .site import Site
 from .sites import find_sites, find_stack
 from .state import unchanged
+from .wrapped import refuse_wrapped
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def trace(
         dynamic_batch: let the batch vary where torch.export can; else it is fixed.
 
     Raises:
-        ModelError: the model is in training mode, or no input is a tensor.
+        ModelError: the model is in training mode or wrapped, or no input is a tensor.
         TraceError: torch.export cannot follow the model, or it changes a buffer.
         SiteError: no site was found.
     """
@@ -96,6 +97,7 @@ def trace(
             expected="a model for inference",
             remedy="call model.eval() first",
         )
+    refuse_wrapped(model)
     arguments = call_arguments(model, args, kwargs or {})
     with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
