@@ -105,3 +105,18 @@ def test_one_expert_that_the_stream_weighs_keeps_its_weight() -> None:
     model.experts = model.experts[:1]
     [site] = trace(model, (X,)).sites
     assert site.values[0].node.startswith("mul")
+
+
+def test_costs_of_views_that_need_their_strides() -> None:
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.transpose(1, 2).view(x.shape[0], -1, WIDTH)
+            return rows + self.mlp(rows)
+
+    turned = X.transpose(1, 2).contiguous().transpose(1, 2)
+    artifact = cg.compile(Columns().eval(), full(2), (turned,), backend="eager")
+    assert artifact.program.cost.full_flops > 0
