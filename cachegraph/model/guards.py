@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,22 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 @contextmanager
-def branches() -> Iterator[list[Basic]]:
-    """Listen to what the model's own code asks about sizes, as it then held.
+def branches() -> Iterator[dict[Basic, str]]:
+    """Listen to what the model's own code asks about sizes, as it then held, and where.
 
     Torch takes a symbol to be 2 or more, so it knows the answer to ``batch == 1`` and makes no
     guard of it; it does so for its own purposes, too, where a batch of one is as right.
     """
-    found: list[Basic] = []
+    found: dict[Basic, str] = {}
     plain = torch.SymBool.__bool__
 
     def listen(asked: torch.SymBool) -> bool:
+        question = asked.node.expr  # the answer may make a number of it
         answer = plain(asked)
-        if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
-            found.append(asked.node.expr if answer else Not(asked.node.expr))
+        frame = sys._getframe(1)
+        if not (file := frame.f_code.co_filename).startswith(_TORCH):
+            held = question if answer else Not(question)
+            found[held] = f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_name}"
         return answer
 
     torch.SymBool.__bool__ = listen  # type: ignore[method-assign]
@@ -78,10 +81,12 @@ def conditions_of(
     return tuple(found)
 
 
-def line_that_fixes(program: ExportedProgram) -> str:
+def line_that_fixes(program: ExportedProgram, asked: Mapping[Basic, str]) -> str:
     """Where a size became a number: ``model.py:12 in forward``; empty where nobody knows."""
     environment = _environment(program)
     for guard in reversed(environment.guards if environment else ()):
+        if isinstance(guard.expr, Eq) and guard.expr in asked:
+            return asked[guard.expr]
         frame = guard.sloc.framework_loc
         inside = isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith(_TORCH)
         if inside and isinstance(guard.expr, Eq):

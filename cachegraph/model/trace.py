@@ -185,7 +185,7 @@ def _export(
 
 
 def _conditions(
-    program: ExportedProgram, asked: Sequence[Any], leaves: Sequence[Tensor]
+    program: ExportedProgram, asked: Mapping[Any, str], leaves: Sequence[Tensor]
 ) -> tuple[tuple[str, ...] | None, str]:
     """What sizes must fulfil, None where that has no form; and why the batch is fixed if it is."""
     names = set(program.graph_signature.user_inputs)
@@ -197,7 +197,7 @@ def _conditions(
     except ValueError as error:
         return None, f"the model branches on sizes: {error}"
     if isinstance(TensorSpec.of(inputs[0]).shape[0], int):
-        line = line_that_fixes(program)
+        line = line_that_fixes(program, asked)
         return conditions, f"the model fixes it ({line})" if line else "the model fixes it"
     if (broken := failed(conditions, symbols)) is not None:
         return None, f"the model takes batches of one another way ({broken} for all others)"
