@@ -16,6 +16,7 @@ from torch import Tensor
 from cachegraph.errors import ArtifactError, SessionError
 from cachegraph.graph.interface import Interface, Port, Role
 from cachegraph.graph.weights import is_stored
+from cachegraph.model.conditions import failed
 from cachegraph.runtime.known import REQUEST, prologue_name
 from cachegraph.runtime.program import Made, Program, Step
 from cachegraph.runtime.tracking import checked_timesteps
@@ -71,6 +72,11 @@ def _whole(program: Program) -> Iterator[str]:
         yield f"the batch {program.batch} has no size"
     if any(size < 1 for size in sizes):
         yield "a size below 1"
+    try:
+        if (broken := failed(program.conditions, program.symbols)) is not None:
+            yield f"{broken} does not hold for the sizes that it was traced with"
+    except (ValueError, KeyError) as error:
+        yield f"a condition cannot be read: {error}"
     if program.timesteps is not None:
         try:
             checked_timesteps(program.timesteps, steps, program.ascending)

@@ -18,7 +18,7 @@ from cachegraph.graph.step_graph import CONSTANT, StepGraph, merge_prologues, re
 from cachegraph.plan.cost import PlanCost
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.slot import ConstantKind, StepConstant
-from cachegraph.spec import TensorSpec
+from cachegraph.spec import TensorSpec, evaluate
 
 
 def plan_cost(
@@ -289,7 +289,13 @@ def _empty(node: fx.Node, symbols: Mapping[str, int]) -> Any:
     if not isinstance(value, Tensor):
         return value
     sizes = TensorSpec.of(value).sizes(symbols)
-    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+    order = sorted(range(value.ndim), key=lambda d: _stride(value, d, symbols), reverse=True)
+    # A view may need the layout; gaps between rows, as in a slice of a weight, are closed.
+    return torch.empty_permuted(sizes, order, dtype=value.dtype, device=value.device)
+
+
+def _stride(value: Tensor, dim: int, symbols: Mapping[str, int]) -> int:
+    return evaluate(str(value.stride(dim)), symbols)
 
 
 @contextmanager

@@ -70,6 +70,7 @@ def make_program(
         timesteps=schedule.timesteps,
         ascending=schedule.order == "ascending",
         config=traced.config,
+        conditions=traced.conditions,
     )
 
 

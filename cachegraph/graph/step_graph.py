@@ -88,7 +88,7 @@ class StepGraph:
     @property
     def output(self) -> fx.Node:
         """The output node; its only argument is the tuple of all outputs."""
-        return next(reversed(self.graph.nodes))
+        return self.graph.output_node()
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:

@@ -77,6 +77,7 @@ def select_sites(
     kinds: Sequence[str],
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    named: bool = False,
     place: str = "",
 ) -> frozenset[str]:
     """Names of the sites that a schedule speaks of.
@@ -86,10 +87,12 @@ def select_sites(
         kinds: of the sites to select.
         include: globs over names; a site must match one.
         exclude: globs over names; a site must match none.
+        named: whether the user wrote the kinds, so that each must match.
         place: where the selection is written, for errors.
 
     Raises:
-        SiteError: a glob that matches no site, or no site is selected; lists what there is.
+        SiteError: a glob, or a kind that was named, matches no site, or no site is selected; lists
+            what there is.
     """
     for glob in (*include, *exclude):
         if not any(fnmatchcase(site.name, glob) for site in sites):
@@ -99,6 +102,14 @@ def select_sites(
                 expected=describe(sites),
                 remedy=nearest(glob, [site.name for site in sites]),
             )
+    missing = [kind for kind in kinds if named and all(site.kind != kind for site in sites)]
+    if missing:
+        raise SiteError(
+            f"the model has no site of kind {', '.join(missing)}",
+            place=place,
+            expected=describe(sites),
+            remedy=f"leave {', '.join(missing)} out of sites: kinds",
+        )
     chosen = frozenset(
         site.name
         for site in sites

@@ -163,11 +163,11 @@ def _kept(dependence: Dependence, source: fx.Node, node: fx.Node) -> tuple[fx.No
         return ()
     operands = node.all_input_nodes
     working = [a for a in operands if _works(dependence, source, a)]
-    if node.target is aten.mul.Tensor and len(operands) == 2 and len(working) == 1:
-        gate = operands[0] if operands[1] is working[0] else operands[1]
-        if not dependence.is_constant(gate):
-            return _kept(dependence, source, working[0])
-    if node.target is aten.add.Tensor and _independent(dependence, working):
+    gate = _gate(dependence, source, node)
+    if gate is not None and not _routes(dependence, source, node, gate):
+        return _kept(dependence, source, working[0])
+    adds = node.target is aten.add.Tensor and _independent(dependence, working)
+    if adds and not _is_mixture(dependence, source, node):
         # x + (attn(x) + mlp(x)): two sites
         return tuple(n for a in working for n in _kept(dependence, source, a))
     if node.target is aten.cat.default:  # pieces that got gates of their own
@@ -175,6 +175,40 @@ def _kept(dependence: Dependence, source: fx.Node, node: fx.Node) -> tuple[fx.No
         if len(joined) == 1 and len(pieces := joined.pop()) == 1:
             return pieces
     return (node,)
+
+
+def _gate(dependence: Dependence, source: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What the working part of a branch is multiplied with, where the node does that."""
+    operands = node.all_input_nodes
+    working = [a for a in operands if _works(dependence, source, a)]
+    if node.target is not aten.mul.Tensor or len(operands) != 2 or len(working) != 1:
+        return None
+    gate = operands[0] if operands[1] is working[0] else operands[1]
+    return None if dependence.is_constant(gate) else gate
+
+
+def _routes(dependence: Dependence, source: fx.Node, node: fx.Node, gate: fx.Node) -> bool:
+    """True where every token of the stream has a factor of its own: that is no gate but routing.
+
+    What is kept then holds the factor, or an old value would meet the new one.
+    """
+    tokens, factors = shape_of(node)[1:-1], shape_of(gate)[1:-1]
+    return dependence.depends(gate, source) and tokens == factors and set(tokens) != {"1"}
+
+
+def _is_mixture(dependence: Dependence, source: fx.Node, node: fx.Node) -> bool:
+    """True for a sum of experts, each with a factor that the stream decides: it is one site."""
+    if _cores(dependence, dependence.between(source, node)):
+        return False
+    parts = [node]
+    while parts:
+        part = strip(parts.pop(), VIEWS | CASTS)
+        gate = _gate(dependence, source, part)
+        if gate is not None and dependence.depends(gate, source):
+            return True
+        if part.target is aten.add.Tensor:
+            parts += part.all_input_nodes
+    return False
 
 
 def _independent(dependence: Dependence, nodes: Sequence[fx.Node]) -> bool:

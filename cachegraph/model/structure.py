@@ -65,6 +65,10 @@ PRODUCTS = {
     aten.baddbmm.default,
     aten.addmm.default,
     aten.einsum.default,
+    aten._int_mm.default,  # of quantised weights
+    aten._scaled_mm.default,
+    aten._weight_int8pack_mm.default,
+    aten._weight_int4pack_mm.default,
 }
 ATTENTION = {aten.scaled_dot_product_attention.default}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +19,13 @@ from torch.utils import _pytree
 from cachegraph.errors import ModelError, SiteError, TraceError
 from cachegraph.spec import TensorSpec
 
+from .conditions import failed
+from .guards import branches, conditions_of, line_that_fixes
 from .signature import CallSignature, call_arguments, make_signature
 from .site import VALUE, Site
 from .sites import find_sites, find_stack
+from .state import unchanged
+from .wrapped import refuse_wrapped
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ class TracedModel:
         symbols: shape symbols with the sizes of the example inputs.
         fixed_batch_reason: why the batch is fixed, where it is.
         config: the model's own configuration (diffusers), as plain data.
+        conditions: on the symbols, such as ``s0 <= 3``: where one does not hold, the graph is not
+            the model; see :mod:`.conditions`.
     """
 
     module: fx.GraphModule
@@ -62,6 +67,7 @@ class TracedModel:
     symbols: Mapping[str, int]
     fixed_batch_reason: str
     config: Mapping[str, Any]
+    conditions: tuple[str, ...] = ()
 
 
 def trace(
@@ -80,7 +86,7 @@ def trace(
         dynamic_batch: let the batch vary where torch.export can; else it is fixed.
 
     Raises:
-        ModelError: the model is in training mode, or no input is a tensor.
+        ModelError: the model is in training mode or wrapped, or no input is a tensor.
         TraceError: torch.export cannot follow the model, or it changes a buffer.
         SiteError: no site was found.
     """
@@ -90,14 +96,15 @@ def trace(
             expected="a model for inference",
             remedy="call model.eval() first",
         )
+    refuse_wrapped(model)
     arguments = call_arguments(model, args, kwargs or {})
-    with _unchanged(model), torch.no_grad(), warnings.catch_warnings():
+    with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
-        program, reason = _export(model, arguments, dynamic_batch)
-        program = program.run_decompositions({})
+        program, conditions, reason = _export(model, arguments, dynamic_batch)
     _refuse_mutation(program)
     flat = _flatten(program, len(_pytree.tree_leaves(arguments)))
-    return _finish(model, flat, arguments, program, reason)
+    found = _finish(model, flat, arguments, program, reason)
+    return replace(found, conditions=conditions)
 
 
 def _finish(
@@ -119,12 +126,6 @@ def _finish(
         program.call_spec.out_spec,
         outputs,
     )
-    symbols = {
-        str(dim): size
-        for value, tensor in zip(inputs, tensors, strict=True)
-        for dim, size in zip(value.shape, tensor.shape, strict=True)
-        if not isinstance(dim, int) and str(dim).isidentifier()
-    }
     first = signature.inputs[0][1].shape[0]  # a number where the batch is fixed
     sites = find_sites(module.graph)
     if not sites:
@@ -141,7 +142,7 @@ def _finish(
         stack=stack,
         signature=signature,
         batch=None if isinstance(first, int) else first,
-        symbols=symbols,
+        symbols=_symbols(inputs, tensors),
         fixed_batch_reason=reason if isinstance(first, int) else "",
         config=_plain_config(model),
     )
@@ -149,8 +150,8 @@ def _finish(
 
 def _export(
     model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool
-) -> tuple[ExportedProgram, str]:
-    """Export with a symbolic batch where that works; else with a fixed one and the reason."""
+) -> tuple[ExportedProgram, tuple[str, ...], str]:
+    """Export with a symbolic batch and its conditions where that works; else why it is fixed."""
     leaves = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if not leaves or not leaves[0].ndim:
         raise ModelError(
@@ -163,18 +164,53 @@ def _export(
         batch = leaves[0].shape[0]
         example = _with_batch(arguments, batch, 2) if batch == 1 else arguments
         try:
-            return _export_once(model, example, max(batch, 2)), "the model fixes it"
+            with branches() as asked:
+                program = _export_once(model, example, max(batch, 2))
         except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
             reason = f"torch.export: {_first_line(error)}"
-            _log.info("batch is fixed: %s", reason)
+        else:
+            conditions, reason = _conditions(program, asked, leaves)
+            if conditions is not None and not (reason and batch == 1):
+                return program, conditions, reason
+        _log.info("batch is fixed: %s", reason)
     try:
-        return _export_once(model, arguments, None), reason
+        return _export_once(model, arguments, None), (), reason
     except Exception as error:
         raise TraceError(
             f"torch.export cannot follow {type(model).__name__}",
             found=_first_line(error),
             remedy="see the chained error for the line of the model",
         ) from error
+
+
+def _conditions(
+    program: ExportedProgram, asked: Mapping[Any, str], leaves: Sequence[Tensor]
+) -> tuple[tuple[str, ...] | None, str]:
+    """What sizes must fulfil, None where that has no form; and why the batch is fixed if it is."""
+    names = set(program.graph_signature.user_inputs)
+    holders = (n for n in program.graph.find_nodes(op="placeholder") if n.name in names)
+    inputs = [n.meta["val"] for n in holders if isinstance(n.meta.get("val"), Tensor)]
+    symbols = _symbols(inputs, leaves)
+    try:
+        conditions = conditions_of(program, asked, symbols)
+    except ValueError as error:
+        return None, f"the model branches on sizes: {error}"
+    if isinstance(TensorSpec.of(inputs[0]).shape[0], int):
+        line = line_that_fixes(program, asked)
+        return conditions, f"the model fixes it ({line})" if line else "the model fixes it"
+    if (broken := failed(conditions, symbols)) is not None:
+        return None, f"the model takes batches of one another way ({broken} for all others)"
+    return conditions, ""
+
+
+def _symbols(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Symbol -> size, of symbolic inputs that stand for the given tensors."""
+    return {
+        str(dim): size
+        for value, tensor in zip(inputs, tensors, strict=True)
+        for dim, size in zip(value.shape, tensor.shape, strict=True)
+        if not isinstance(dim, int) and str(dim).isidentifier()
+    }
 
 
 def _export_once(model: nn.Module, arguments: dict[str, Any], batch: int | None) -> ExportedProgram:
@@ -185,7 +221,8 @@ def _export_once(model: nn.Module, arguments: dict[str, Any], batch: int | None)
     shapes = _pytree.tree_map(dims, arguments) if batch else None
     # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
     given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, arguments)
-    return torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
+    return program.run_decompositions({})
 
 
 def _with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -355,30 +392,3 @@ def _plain_config(model: nn.Module) -> dict[str, Any]:
         except TypeError:
             continue  # a class or function: nothing that a pipeline can ask an artifact for
     return plain
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what export leaves in modules that keep state (a position cache of fake tensors)."""
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    seen: set[int] = set()
-    contents = [(c, c.copy()) for names, _ in attributes for c in _containers(names.values(), seen)]
-    try:
-        yield
-    finally:
-        for names, before in attributes:
-            for key in set(names) - set(before):
-                del names[key]
-            names.update(before)
-        for container, before in contents:
-            container.clear()
-            container.extend(before) if isinstance(container, list) else container.update(before)
-
-
-def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
-    """Dicts, lists and sets (buffers and parameters of a module among them), however deep, once."""
-    for value in values:
-        if type(value) in (dict, OrderedDict, defaultdict, list, set) and id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            yield from _containers(value.values() if isinstance(value, dict) else value, seen)

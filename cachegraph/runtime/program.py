@@ -74,6 +74,8 @@ class Program:
         timesteps: the sampler's, one a step, or None.
         ascending: time grows along a trajectory.
         config: the model's own configuration, as plain data.
+        conditions: on the sizes of a call, such as ``s0 <= 3``; elsewhere the graphs are not the
+            model.
         varying: inputs that were said to differ from step to step.
         disabled: names of exact optimisations that were left out.
     """
@@ -92,6 +94,7 @@ class Program:
     timesteps: tuple[float, ...] | None
     ascending: bool
     config: Mapping[str, Any]
+    conditions: tuple[str, ...] = ()
     varying: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from cachegraph.errors import SessionError
 from cachegraph.graph.weights import refuse_changed, stamp
+from cachegraph.model.conditions import failed
 from cachegraph.spec import TensorSpec, evaluate
 
 from .cuda_graph import Recorder, Replays, plan_launches
@@ -190,6 +192,17 @@ class Runner(nn.Module):
                 if self.program.batch
                 else "the batch is fixed: compile with example inputs of this size",
             )
+        if (broken := failed(self.program.conditions, sizes)) is not None:
+            raise SessionError(
+                "the model does something else for inputs of these sizes than was compiled",
+                expected=self._in_words(broken),
+                found=", ".join(f"{name} = {size}" for name, size in sizes.items()),
+                remedy="compile it with example inputs of these sizes",
+            )
+
+    def _in_words(self, condition: str) -> str:
+        """A condition with the batch called so."""
+        return re.sub(rf"\b{self.program.batch}\b", "batch", condition)
 
     def check_weights(self) -> None:
         """Refuse to run with weights that were written to after they were compiled.

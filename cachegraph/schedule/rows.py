@@ -15,7 +15,7 @@ from cachegraph.plan.action import Compute, Row
 from cachegraph.plan.plan import Plan, make_plan
 from cachegraph.plan.selection import Selection
 
-from .schedule import Schedule
+from .schedule import Schedule, SiteFilter
 
 
 def make_rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
@@ -84,7 +84,8 @@ def make_selection(schedule: Schedule, sites: Sequence[Site]) -> Selection | Non
 
 def _ruled(schedule: Schedule, sites: Sequence[Site]) -> Ruled:
     place = schedule.where("sites")
-    names = select_sites(sites, **dict(schedule.sites), place=place)
+    named = set(schedule.sites.kinds) != set(SiteFilter().kinds)  # all kinds: what there is
+    names = select_sites(sites, **dict(schedule.sites), named=named, place=place)
     if schedule.policy.skips_stack:
         names |= {site.name for site in sites if site.kind == SiteKind.STACK}
     return Ruled(sites, names, place)

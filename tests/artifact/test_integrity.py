@@ -131,14 +131,13 @@ def edited(name: str) -> Callable[[dict[str, Any]], Any]:
         "batch": lambda p: p.update(batch="s1234"),
         "size": lambda p: p["symbols"].update(dict.fromkeys(p["symbols"], 0)),
         "timesteps": lambda p: p.update(timesteps=[1.0]),
-        "known": lambda p: [v["prologue"]["outputs"].pop() for v in p["variants"] if v["prologue"]],
     }
     return edits[name]
 
 
 EDITS = """
 variant / no steps / rows / source / keeps / frees / input / order / spec / lasting / tensor / tree
-/ batch / size / timesteps / known
+/ batch / size / timesteps
 """
 
 

@@ -1,0 +1,284 @@
+"""Put a model back as it was: what it keeps between calls, wherever it keeps it.
+
+``torch.export`` runs ``forward`` on tensors without data. A model that remembers something between
+calls (a position cache, the state of a hook, a memoised function) remembers those, and its next
+call returns one. So everything mutable that can be reached from the model is noted down before and
+put back afterwards: attributes, containers, variables of closures, attributes of its classes. Of
+the Python modules that it is written in, only what holds tensors of the trace is put back: others
+may be at work there. Memoised functions that hold some are emptied.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachegraph.errors import TraceError
+
+_CACHE = type(functools.lru_cache(lambda: None))
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_FOREIGN = {"torch", "sympy", "numpy", *sys.stdlib_module_names}  # no model's own code
+_HOLDERS = {"types", "collections", "weakref", "queue"}  # of these, what has attributes
+_PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_DEEP = 6  # containers within one another that what a cache keeps may have
+_NOTHING = object()
+# What has no state of its own -> what it is made of.
+_PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    tuple: tuple,
+    frozenset: tuple,
+    types.MethodType: lambda found: (found.__self__, found.__func__),
+    types.BuiltinFunctionType: lambda found: (),
+    types.ModuleType: lambda found: (),
+    staticmethod: lambda found: (found.__func__,),
+    classmethod: lambda found: (found.__func__,),
+    property: lambda found: (found.fget, found.fset),
+    functools.partial: lambda found: (found.func, found.args, found.keywords, vars(found)),
+    _CACHE: lambda found: (found.__wrapped__,),
+    Tensor: lambda found: (vars(found),) if type(found) in (Tensor, nn.Parameter) else (),
+    nn.Module: lambda found: (vars(found), type(found)),
+}
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back whatever calls of a model in this context change.
+
+    Raises:
+        TraceError: tensors of the trace stay in something that cannot be put back.
+    """
+    notes = _Notes()
+    notes.walk(model)
+    calls = {id(cache): cache.cache_info().misses for cache in _caches()}
+    try:
+        yield
+    finally:
+        notes.restore()
+        for cache in _caches():
+            if cache.cache_info().misses != calls.get(id(cache), 0) and _holds_symbols(cache):
+                cache.cache_clear()
+    for held in notes.opaque:
+        if _holds_symbols(held):
+            raise TraceError(
+                f"{type(model).__name__} keeps values between calls in a {type(held).__name__}, "
+                "which now holds tensors without data",
+                expected="state in attributes, containers, closures or functools.cache",
+                remedy="build the model anew, and compile it without that state",
+            )
+
+
+@dataclass(frozen=True)
+class _Note:
+    """How one mutable object was, and whether the model alone has it."""
+
+    holder: Any
+    own: bool
+    before: Any
+    now: Callable[[], Any]
+    write: Callable[[Any], None]
+
+    def restore(self) -> None:
+        now = self.now()
+        same = len(now) == len(self.before) and all(map(_is, now, self.before))
+        if not same and (self.own or _holds_symbols(self.holder)):
+            self.write(self.before)
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+class _Notes:
+    """What all mutable objects held that can be reached from a model."""
+
+    def __init__(self) -> None:
+        self.opaque: list[Any] = []  # objects of the model that nobody can look into
+        self._notes: list[_Note] = []
+        self._seen: dict[int, Any] = {}  # the objects are kept alive, so that no id is used twice
+        self._shared: list[Any] = []  # Python modules' variables
+
+    def walk(self, model: nn.Module) -> None:
+        """Note down everything; what belongs to the model alone comes first."""
+        for own, found in ((True, [model]), (False, self._shared)):
+            while found:
+                one = found.pop()
+                if not isinstance(one, _PLAIN) and id(one) not in self._seen:
+                    self._seen[id(one)] = one
+                    found.extend(self._look_into(one, own))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for note in self._notes:
+            note.restore()
+
+    def _look_into(self, found: Any, own: bool) -> Iterable[Any]:
+        """Note one object down; what it holds."""
+        if isinstance(found, dict | list | deque | set):
+            return [*self._container(found, own), *self._attributes(found, own)]
+        if isinstance(found, types.FunctionType):
+            return self._function(found)
+        if isinstance(found, types.CellType):
+            return self._cell(found, own)
+        if isinstance(found, type):
+            return self._class(found, own)
+        for kind, parts in _PARTS.items():
+            if isinstance(found, kind):
+                return parts(found)
+        return self._object(found, own)
+
+    def _object(self, found: Any, own: bool) -> Iterable[Any]:
+        origin = type(found).__module__
+        if not _is_foreign(origin) or origin in _HOLDERS:
+            return [*self._attributes(found, own), type(found)]
+        if own and gc.is_tracked(found):
+            self.opaque.append(found)
+        return ()
+
+    def _container(self, found: Any, own: bool) -> list[Any]:
+        # The kind's own methods: a subclass may forbid writing, or do more than that.
+        kind: Any = next(k for k in (OrderedDict, dict, list, deque, set) if isinstance(found, k))
+
+        def now() -> list[Any]:
+            return (
+                _flat(kind.items(found)) if issubclass(kind, dict) else list(kind.__iter__(found))
+            )
+
+        def write(before: list[Any]) -> None:
+            kind.clear(found)
+            if issubclass(kind, dict):
+                for key, value in zip(before[::2], before[1::2], strict=True):
+                    kind.__setitem__(found, key, value)
+            else:
+                (set.update if kind is set else kind.extend)(found, before)
+
+        return self._note(found, own, now, write)
+
+    def _attributes(self, found: Any, own: bool) -> list[Any]:
+        """Attributes of an object, in its ``__dict__`` and in slots."""
+        names = [
+            name
+            for cls in type(found).__mro__
+            for name, slot in vars(cls).items()
+            if type(slot) is types.MemberDescriptorType and not _is_foreign(cls.__module__)
+        ]
+
+        def now() -> list[Any]:
+            return [getattr(found, name, _NOTHING) for name in names]
+
+        def write(before: list[Any]) -> None:
+            for name, old, new in zip(names, before, now(), strict=True):
+                if old is not _NOTHING:
+                    object.__setattr__(found, name, old)
+                elif new is not _NOTHING:
+                    object.__delattr__(found, name)
+
+        slots = self._note(found, own, now, write) if names else []
+        return [vars(found), *slots] if hasattr(found, "__dict__") else slots
+
+    def _function(self, found: types.FunctionType) -> Iterable[Any]:
+        if _is_foreign(found.__module__):
+            return ()
+        self._namespace(found.__module__)
+        return found.__dict__, found.__defaults__, found.__kwdefaults__, found.__closure__
+
+    def _cell(self, found: types.CellType, own: bool) -> list[Any]:
+        def now() -> list[Any]:
+            try:
+                return [found.cell_contents]
+            except ValueError:
+                return []  # no value yet
+
+        def write(before: list[Any]) -> None:
+            if before:
+                found.cell_contents = before[0]
+            else:
+                del found.cell_contents
+
+        return self._note(found, own, now, write)
+
+    def _class(self, found: type, own: bool) -> Iterable[Any]:
+        """Attributes of a class of the model's own, such as a cache that its instances share."""
+        if _is_foreign(found.__module__):
+            return ()
+        self._namespace(found.__module__)
+        return [*self._variables(found, own), *found.__bases__]
+
+    def _namespace(self, name: str) -> None:
+        """Variables of a Python module, with what they hold."""
+        module = sys.modules.get(name)
+        if module is not None and id(module) not in self._seen:
+            self._seen[id(module)] = module
+            self._shared.extend(self._variables(module, own=False))
+
+    def _variables(self, owner: Any, own: bool) -> list[Any]:
+        def now() -> list[Any]:
+            return _flat((k, v) for k, v in vars(owner).items() if not k.startswith("__"))
+
+        def write(before: list[Any]) -> None:
+            old = dict(zip(before[::2], before[1::2], strict=True))
+            new = dict(zip(*[iter(now())] * 2, strict=True))
+            for name in new.keys() - old.keys():
+                if own or _holds_symbols([new[name]]):
+                    delattr(owner, name)
+            for name, value in old.items():
+                if new.get(name, _NOTHING) is not value:
+                    setattr(owner, name, value)
+
+        return self._note(owner, own, now, write)
+
+    def _note(
+        self,
+        holder: Any,
+        own: bool,
+        now: Callable[[], list[Any]],
+        write: Callable[[list[Any]], None],
+    ) -> list[Any]:
+        before = now()
+        self._notes.append(_Note(holder, own, before, now, write))
+        return before
+
+
+def _flat(items: Iterable[tuple[Any, Any]]) -> list[Any]:
+    return [part for item in items for part in item]
+
+
+def _is_symbolic(value: Any) -> bool:
+    """Whether a value is a tensor without data, or one of its sizes."""
+    kind = type(value)
+    return issubclass(kind, _SYMBOLS) or (
+        issubclass(kind, Tensor) and kind.__module__.startswith("torch._subclasses")
+    )
+
+
+def _is_foreign(module: Any) -> bool:
+    return (module if isinstance(module, str) else "builtins").partition(".")[0] in _FOREIGN
+
+
+def _caches() -> list[Any]:
+    """Every memoised function of the process that is not torch's own."""
+    found = [one for one in gc.get_objects() if type(one) is _CACHE]
+    return [one for one in found if not _is_foreign(getattr(one, "__module__", None))]
+
+
+def _holds_symbols(holder: Any) -> bool:
+    """Whether tensors of a trace, or its sizes, are in what an object is made of."""
+    level = [vars(holder)] if isinstance(holder, _CODE) else [holder]
+    seen: dict[int, Any] = {}
+    for _ in range(_DEEP):
+        found = [one for one in gc.get_referents(*level) if not isinstance(one, (*_PLAIN, *_CODE))]
+        if any(map(_is_symbolic, found)):
+            return True
+        level = [one for one in {id(one): one for one in found}.values() if id(one) not in seen]
+        level = [one for one in level if not isinstance(one, (Tensor, nn.Module))]
+        seen |= {id(one): one for one in level}
+    return False
