@@ -127,7 +127,8 @@ def evaluate(expression: str, symbols: Mapping[str, int]) -> int:
 
     Raises:
         KeyError: a symbol without a value.
-        ValueError: not arithmetic on symbols and whole numbers.
+        ValueError: not arithmetic on symbols and whole numbers, or on too large ones.
+        ZeroDivisionError: it divides by a size of 0.
     """
     if expression in symbols:
         return symbols[expression]
@@ -135,7 +136,7 @@ def evaluate(expression: str, symbols: Mapping[str, int]) -> int:
         raise ValueError(f"not a size: a text of {len(expression)} characters")
     try:
         return _value(ast.parse(expression, mode="eval").body, symbols)
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+    except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"not a size: {expression!r}") from None
 
 

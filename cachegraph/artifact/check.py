@@ -46,7 +46,13 @@ def check_program(
     Raises:
         ArtifactError: says the first thing that does not fit.
     """
-    checks = (_whole(program), _signature(program), _interfaces(program), _steps(program))
+    checks = (
+        _whole(program),
+        _sizes(program),
+        _signature(program),
+        _interfaces(program),
+        _steps(program),
+    )
     for problem in (*(p for check in checks for p in check), *_graphs(program, graphs, weights)):
         raise ArtifactError(
             f"the parts of the artifact do not fit together: {problem}",
@@ -67,6 +73,9 @@ def _whole(program: Program) -> Iterator[str]:
         yield "the plan has not one row a step and one action a site"
     if any(not 0 <= step.variant < len(names) for step in program.steps):
         yield "a step runs a variant that is not there"
+
+
+def _sizes(program: Program) -> Iterator[str]:
     sizes = [*program.symbols.values(), *program.cost.symbols.values()]
     if program.batch is not None and program.batch not in program.symbols:
         yield f"the batch {program.batch} has no size"
@@ -75,11 +84,11 @@ def _whole(program: Program) -> Iterator[str]:
     try:
         if (broken := failed(program.conditions, program.symbols)) is not None:
             yield f"{broken} does not hold for the sizes that it was traced with"
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, ZeroDivisionError) as error:
         yield f"a condition cannot be read: {error}"
     if program.timesteps is not None:
         try:
-            checked_timesteps(program.timesteps, steps, program.ascending)
+            checked_timesteps(program.timesteps, len(program.steps), program.ascending)
         except SessionError as error:
             yield str(error)
 

@@ -248,6 +248,6 @@ def _fits(spec: TensorSpec, tensor: Tensor, sizes: Mapping[str, int]) -> bool:
         return False
     try:
         wanted = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape]
-    except KeyError:
+    except (KeyError, ZeroDivisionError):
         return False
     return wanted == list(tensor.shape)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cachegraph as cg
+from cachegraph.errors import SessionError
 from cachegraph.model.conditions import failed, parse
 from cachegraph.model.trace import TracedModel, trace
+from cachegraph.schedule.schedule import uncached
 
 
 class Guarded(nn.Module):
@@ -148,3 +151,21 @@ def test_conditions_are_read(text: str, right: set[int]) -> None:
 def test_anything_else_is_no_condition(text: str) -> None:
     with pytest.raises(ValueError, match="not a "):
         parse(text)
+
+
+@pytest.mark.parametrize("form", ["> 3", "== 1", "% 2 == 0", "in (2, 3)", "half"])
+@pytest.mark.parametrize("example", [2, 5])
+def test_a_compiled_loop_is_right_for_every_batch_or_refuses_it(form: str, example: int) -> None:
+    model = Guarded(FORMS[form]).eval()
+    artifact = cg.compile(model, uncached(3), call(example), backend="eager")
+    for batch in range(1, 7):
+        run = cg.load(artifact)
+        try:
+            found = run(*call(batch), step=0)
+        except SessionError as error:
+            assert batch != example
+            message = str(error)
+            assert "inputs of these sizes" in message or "does not fit" in message, message
+            continue
+        with torch.no_grad():
+            assert torch.equal(found, model(*call(batch))), batch
