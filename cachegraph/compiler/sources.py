@@ -24,6 +24,8 @@ from cachegraph.zoo import build_model, load_model
 from cachegraph.zoo.checkpoint import SUFFIXES
 from cachegraph.zoo.recognise import ARCHITECTURES, PRESETS
 
+from .program_files import refuse_code
+
 FORMS = (
     f"a weights file ({', '.join(SUFFIXES)}), a torch.export program (.pt2), "
     f"a diffusers model folder, module:factory, or a shipped model ({', '.join(PRESETS)})"
@@ -155,6 +157,7 @@ def _from_program(path: Path) -> Source:
     """A ``torch.export`` program with its modules as they were, so that sites keep their names."""
     if not path.is_file():
         raise ModelError("there is no such file", place=str(path))
+    refuse_code(path)
     try:
         with _quiet("torch.export"):
             program = torch.export.load(path)

@@ -32,7 +32,10 @@ _MEMORY = {
 }
 _LAYOUTS = {str(torch.strided): torch.strided}
 _OPERATOR = type(torch.ops.aten.add.Tensor)
-_FORBIDDEN = {torch.ops.aten.from_file.default}  # maps, and may create, a file of any name
+_FORBIDDEN = {
+    torch.ops.aten.from_file.default,  # maps, and may create, a file of any name
+    torch.ops.aten._reshape_alias.default,  # reads beside its tensor without a check
+}
 # Keys of a ModuleDict need not be identifiers; rows of a weight have a name that says which.
 _WEIGHT_NAME = re.compile(r"(?!__)[\w -]+(\[\d+:\d+\])?")
 _MODULES = {
