@@ -125,7 +125,10 @@ class Artifact:
         recorder = recorders(self.device, chosen.name) if cuda_graphs else None
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
         functions = self.functions(backend)
-        return Runner(self.program, functions, self.weights, track, prologues, timesteps, recorder)
+        place = str(next(iter(self.saved), ""))
+        return Runner(
+            self.program, functions, self.weights, track, prologues, timesteps, recorder, place
+        )
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.

@@ -225,7 +225,7 @@ def _graphs(
         if inputs != [(port.name, str(port.spec)) for port in interfaces[name].inputs]:
             yield f"the graph of {name} takes other inputs than its interface says"
         returned = [node.get("args") for op, _, node in ops if op == "output"]
-        specs = {node.get("name"): node.get("spec") for _, _, node in ops}
+        specs = {str(node.get("name")): node.get("spec") for _, _, node in ops}
         try:
             [[outputs]] = returned
             found = [specs[value["node"]] for value in outputs]

@@ -45,6 +45,7 @@ class Runner(nn.Module):
         prologues: what computes values that are known before a step runs, where there are any.
         timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
         recorder: makes what records CUDA graphs for a session; None to call the functions.
+        place: of the artifact that the graphs were read from, for errors.
 
     Raises:
         SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
@@ -64,8 +65,10 @@ class Runner(nn.Module):
         prologues: Prologues | None = None,
         timesteps: Sequence[float] | None = None,
         recorder: Callable[[], Recorder] | None = None,
+        place: str = "",
     ) -> None:
         super().__init__()
+        self.place = place
         if timesteps is not None:
             times = checked_timesteps(timesteps, len(program.steps), program.ascending)
             program = replace(program, timesteps=times)

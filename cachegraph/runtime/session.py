@@ -82,20 +82,33 @@ class Session:
             branch.values.clear()
             if self._recorder is not None and shapes != branch.shapes:
                 branch.replays = runner.replays(self._recorder)
-            branch.known.begin(inputs)
             branch.shapes, branch.position = shapes, Position(learned=position.learned)
         elif shapes != branch.shapes:
             self._refuse_change(branch, shapes, position.step)
-        known = branch.known.at(position.step, inputs)
-        if branch.replays is None:
-            outputs = runner.run_step(position.step, inputs, branch.values, known)
-        else:
-            constants = runner.constants(position.step)
-            outputs = branch.replays.run(position.step, inputs, constants, known)
+        try:
+            outputs = self._outputs(branch, position.step, inputs)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            if not runner.place or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise SessionError(
+                f"the graph of {runner.program.layout(position.step).name} fails",
+                place=f"{runner.place}, step {position.step}",
+                found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                remedy="compile the artifact again",
+            ) from error
         branch.position = position
         latent = runner.tracking.latent
         branch.trail = None if latent is None else Trail.of(inputs[latent], outputs)
         return signature.unflatten(outputs, kwargs.get("return_dict"))
+
+    def _outputs(self, branch: _Branch, step: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        runner = self._runner
+        if step == 0:
+            branch.known.begin(inputs)
+        known = branch.known.at(step, inputs)
+        if branch.replays is None:
+            return runner.run_step(step, inputs, branch.values, known)
+        return branch.replays.run(step, inputs, runner.constants(step), known)
 
     def _locate(self, branch: _Branch, inputs: Sequence[Tensor], step: int | None) -> Position:
         tracking, link = self._runner.tracking, Link.UNKNOWN
