@@ -242,7 +242,7 @@ def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Prog
 def _start(job: str, target: Path) -> subprocess.Popen[bytes]:
     source, log = target.with_suffix(".json"), target.with_suffix(".log")
     source.write_text(job)
-    command = [sys.executable, "-m", _WORKER, str(source), str(target)]
+    command = [sys.executable, "-m", _WORKER, str(source), str(target), str(os.getpid())]
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": _torch_cache()}
     with log.open("wb") as out:
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Compiles one graph in a process of its own: ``python -m ... JOB.json OUT.pt2``."""
+"""Compiles one graph in a process of its own: ``python -m ... JOB.json OUT.pt2 PARENT``."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Compile the job to the file."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    source, target = map(Path, sys.argv[1:])
+    source, target = map(Path, sys.argv[1:3])
+    parent = sys.argv[3]  # said, for it may be gone by now
+    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     job = json.loads(source.read_text())
     device = torch.device(job["built_for"]["device"])
     graph = graph_from_json(job["nodes"], device)
