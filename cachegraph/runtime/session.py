@@ -87,7 +87,7 @@ class Session:
             self._refuse_change(branch, shapes, position.step)
         try:
             outputs = self._outputs(branch, position.step, inputs)
-        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             if not runner.place or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise SessionError(
