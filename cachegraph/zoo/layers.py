@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -167,32 +167,6 @@ def unpatchify(x: Tensor, patch_size: int, side: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, size, size)
 
 
-def guide(out: Tensor, in_channels: int, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance of a model's output on a doubled batch [cond; uncond].
-
-    As published, only the first three noise channels are guided; a model with fewer than four
-    channels has all its noise channels guided.
-
-    Args:
-        out: ``(2 B, C_out, H, W)``.
-        in_channels: channels of the noise, which come first in ``out``.
-        cfg_scale: 1 is no guidance.
-
-    Returns:
-        As ``out``; both halves hold the guided noise, each keeps its own further channels.
-    """
-    guided = CFG_CHANNELS if in_channels > CFG_CHANNELS else in_channels
-    cond, uncond = out[:, :guided].chunk(2)
-    noise = uncond + cfg_scale * (cond - uncond)
-    return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
-
-
-def arch_name(family: str, sizes: Mapping[str, ModelSize], size: ModelSize, patch_size: int) -> str:
-    """``DiT-XL/2`` for a published size, else ``DiT custom``."""
-    letter = next((letter for letter, known in sizes.items() if known == size), None)
-    return f"{family} custom" if letter is None else f"{family}-{letter}/{patch_size}"
-
-
 def check_shape(what: str, x: Tensor, wanted: tuple[int, ...]) -> None:
     """Refuses a tensor that is not ``(B, *wanted)``."""
     if tuple(x.shape[1:]) != wanted:
@@ -211,3 +185,99 @@ def check_divides(name: str, value: int, by_name: str, by: int) -> None:
             expected=f"a positive multiple of {by}",
             found=str(value),
         )
+
+
+class PatchTransformer(nn.Module):
+    """What the known diffusion transformers over patches of an image have in common.
+
+    A subclass adds blocks and what embeds its condition y, and is called with ``(x, t, y)``.
+
+    Args:
+        names: of the family and of its published sizes; ``arch`` is ``DiT-XL/2`` for one of them,
+            else ``DiT custom``.
+        size: of the transformer.
+        input_size: height and width of the (latent) image, a multiple of ``patch_size``.
+        patch_size: height and width of the patch that becomes one token.
+        in_channels: channels of the (latent) image.
+        variance: whether a variance is predicted in as many further channels.
+
+    Raises:
+        ModelError: the sizes do not divide as said.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, Mapping[str, ModelSize]],
+        size: ModelSize,
+        input_size: int,
+        patch_size: int,
+        in_channels: int,
+        variance: bool,
+    ) -> None:
+        super().__init__()
+        check_divides("input_size", input_size, "patch_size", patch_size)
+        check_divides("hidden_size", size.hidden_size, "num_heads", size.num_heads)
+        check_divides("hidden_size", size.hidden_size, "the 4 parts of pos_embed", 4)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_heads, self.out_channels = size.num_heads, in_channels * (1 + variance)
+        family, sizes = names
+        letter = next((letter for letter, known in sizes.items() if known == size), None)
+        self.arch = f"{family} custom" if letter is None else f"{family}-{letter}/{patch_size}"
+        self.x_embedder = PatchEmbed(patch_size, in_channels, size.hidden_size)
+        self.t_embedder = TimestepEmbedder(size.hidden_size)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, *more: Any, **named: Any
+    ) -> Tensor:
+        """Classifier-free guidance on a doubled batch [cond; uncond].
+
+        Both halves see the first half of ``x``. As published, only the first three noise channels
+        are guided; a model with fewer than four channels has all its noise channels guided.
+
+        Args:
+            x: ``(2 B, in_channels, input_size, input_size)``; the second half is not read.
+            t: ``(2 B,)``.
+            y: as ``forward`` takes it, the null class or caption in the second half.
+            cfg_scale: 1 is no guidance.
+            more: further arguments of ``forward``.
+            named: the same by name.
+
+        Returns:
+            ``(2 B, out_channels, input_size, input_size)``; both halves hold the guided noise,
+            each keeps its own further channels.
+
+        Raises:
+            ModelError: as for ``forward``.
+        """
+        half = x[: x.shape[0] // 2]
+        out = self.forward(torch.cat([half, half]), t, y, *more, **named)
+        guided = min(CFG_CHANNELS, self.in_channels)
+        cond, uncond = out[:, :guided].chunk(2)
+        noise = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
+
+    def example_inputs(
+        self, batch: int = 2, device: torch.device | str | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """Arguments for one call, the same at every call: ``((x, t, y), {})``.
+
+        Args:
+            batch: B.
+            device: where the tensors are, ``"meta"`` included; None means the model's.
+
+        Returns:
+            Positional arguments as of ``forward``, and no keyword arguments.
+        """
+        weight = self.x_embedder.proj.weight
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, self.in_channels, self.input_size, self.input_size)
+        x = torch.randn(shape, generator=generator, device="cpu")
+        t = torch.full((batch,), 500, dtype=torch.int64, device="cpu")
+        y = self.example_condition(batch, generator)
+        target = weight.device if device is None else torch.device(device)
+        x, y = (v.to(target, weight.dtype if v.is_floating_point() else v.dtype) for v in (x, y))
+        return (x, t.to(target), y), {}
+
+    def example_condition(self, batch: int, generator: torch.Generator) -> Tensor:
+        """The y of :meth:`example_inputs`, on the CPU."""
+        raise NotImplementedError
