@@ -88,7 +88,7 @@ def _tell_dit(shapes: Shapes, options: Options) -> dict[str, Any]:
     return {"num_classes": classes, "class_dropout_prob": 0.1 if rows > classes else 0.0}
 
 
-def _tell_pixart(shapes: Shapes, _: Options) -> dict[str, Any]:
+def _tell_pixart(shapes: Shapes, options: Options) -> dict[str, Any]:
     if more := [key for key in shapes if key.startswith(SIZE_EMBEDDERS)]:
         raise ModelError(
             "these weights are of the multi-scale PixArt-alpha, which is not supported",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -13,7 +13,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from cachegraph.backends import Progress
+from cachegraph.backends import Progress, Weights
 from cachegraph.backends.named import NamedGraph
 from cachegraph.backends.onnx.convert import MODULE
 from cachegraph.errors import BackendError
@@ -66,11 +66,7 @@ class _Monitor(trt.IProgressMonitor):
 
 
 def build_engine(
-    source: Path,
-    model: onnx.ModelProto,
-    plan: Sequence[Binding],
-    cache: Path,
-    progress: Progress,
+    source: Path, model: onnx.ModelProto, plan: Sequence[Binding], cache: Path, progress: Progress
 ) -> bytes:
     """Build an engine without weights.
 
@@ -112,11 +108,7 @@ def build_engine(
 
 
 def open_engine(
-    path: Path,
-    source: Path,
-    graph: NamedGraph,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
+    path: Path, source: Path, graph: NamedGraph, weights: Weights, device: torch.device
 ) -> StepFunction:
     """Read an engine, fill it with weights and make it a function of flat tensors.
 
@@ -144,21 +136,13 @@ def open_engine(
 
 
 def _function(
-    path: Path,
-    context: trt.IExecutionContext,
-    graph: NamedGraph,
-    device: torch.device,
-    log: _Log,
+    path: Path, context: trt.IExecutionContext, graph: NamedGraph, device: torch.device, log: _Log
 ) -> StepFunction:
     lock = Lock()  # a context serves one call at a time
 
     def call(*tensors: Tensor) -> list[Tensor]:
         given = [tensor.contiguous() for tensor in tensors]
-        sizes = graph.sizes_of(given)
-        made = [
-            torch.empty(spec.sizes(sizes), dtype=spec.dtype, device=device)
-            for spec in graph.outputs.values()
-        ]
+        made = graph.empty_outputs(given, device)
         stream = torch.cuda.current_stream(device)
         with lock, torch.cuda.device(device):
             log.errors.clear()
@@ -173,7 +157,8 @@ def _function(
             )
             # torch frees in the order of the stream, so what is given lives until it was used.
             if not (ready and context.execute_async_v3(stream.cuda_stream)):
-                raise _unusable(path, f"the engine cannot run with the sizes {sizes}", log.errors)
+                what = f"the engine cannot run with the sizes {graph.sizes_of(given)}"
+                raise _unusable(path, what, log.errors)
         return made
 
     return call
@@ -214,11 +199,7 @@ def _fixed(shape: Sequence[int | str]) -> tuple[int, ...]:
 
 
 def _refit(
-    path: Path,
-    engine: trt.ICudaEngine,
-    model: onnx.ModelProto,
-    weights: Mapping[str, Tensor],
-    log: _Log,
+    path: Path, engine: trt.ICudaEngine, model: onnx.ModelProto, weights: Weights, log: _Log
 ) -> None:
     """Give the engine every weight that it was stripped of."""
     small = {
