@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar, overload
+from typing import Any, TypeVar
 
 V = TypeVar("V")
 
@@ -44,11 +44,7 @@ class LazySequence(Sequence[V]):
     def __init__(self, values: Mapping[str, V]) -> None:
         self._values, self._names = values, tuple(values)
 
-    @overload
-    def __getitem__(self, index: int) -> V: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[V]: ...
-    def __getitem__(self, index: int | slice) -> V | Sequence[V]:
+    def __getitem__(self, index: Any) -> Any:
         """One value, or some."""
         if isinstance(index, slice):
             return [self._values[name] for name in self._names[index]]

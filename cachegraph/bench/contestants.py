@@ -17,7 +17,7 @@ from cachegraph.compiler.cost import moved_bytes, token_sizes
 from cachegraph.graph.interface import Port
 from cachegraph.model.trace import TracedModel
 from cachegraph.oracle.reference import ReferenceRunner
-from cachegraph.oracle.trial import calls, times
+from cachegraph.oracle.trial import Progress, calls, times
 from cachegraph.passes import OPTIONAL
 from cachegraph.plan.plan import Plan
 from cachegraph.runtime.known import StepFunction
@@ -29,7 +29,6 @@ from .choice import without_choice
 from .memory import compiled_memory, model_memory
 from .result import Entry, Memory
 
-Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
 _POINTS = 3  # steps of a variant that are timed, where they differ in tokens
 
 

@@ -28,16 +28,6 @@ from .result import (
 
 _STEPS, _BOUND = 50, 0.1  # where nothing else is asked for
 
-__all__ = [
-    "Calibration",
-    "calibrate",
-    "goc_steps",
-    "load_sampler",
-    "run_calibrate",
-    "smoothcache_lists",
-    "smoothcache_schedule",
-]
-
 Sampler = Callable[[Callable[..., Any], int], object]
 """Samples one whole trajectory: ``sampler(model_fn, seed)``; ``model_fn`` is called as the model.
 

@@ -183,7 +183,9 @@ class ReferenceRunner:
         template = self._templates.get(site.name)
         if kept is not None and template is not None and site.module is not None:
             module = self.model.get_submodule(site.module)
-            with _forward_replaced(module, lambda: _filled(template, kept)):
+            places, spec = template
+            filled = _pytree.tree_unflatten([kept[i] for i in places], spec)
+            with _forward_replaced(module, lambda: filled):
                 yield
             return
         seen: list[Tensor | None] = [None] * len(site.values)
@@ -239,11 +241,6 @@ def _learner(
             templates[name] = (places, spec)
 
     return learn
-
-
-def _filled(template: Any, values: list[Tensor]) -> Any:
-    places, spec = template
-    return _pytree.tree_unflatten([values[i] for i in places], spec)
 
 
 @contextmanager

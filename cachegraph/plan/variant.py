@@ -150,17 +150,14 @@ def _refresh_constants(
         actions = [a for step in steps if isinstance(a := rows[step][i], Refresh)]
         if not actions:
             continue
-        tokens.setdefault(tuple(_places(a.tokens) for a in actions), []).append(site.name)
+        places = (tuple(range(a.tokens)) if a.tokens > 1 else (0, 0) for a in actions)
+        tokens.setdefault(tuple(places), []).append(site.name)
         age = [a.age if foreseen else a.age - _age_after(rows[a.source][i]) for a in actions]
         ages.setdefault(tuple((a,) for a in age), []).append(site.name)
     return (
         *_shared_constants("tokens", ConstantKind.TOKENS, steps, tokens),
         *_shared_constants("age", ConstantKind.AGE, steps, ages),
     )
-
-
-def _places(tokens: int) -> tuple[int, ...]:
-    return tuple(range(tokens)) if tokens > 1 else (0, 0)
 
 
 def _step_constant(
