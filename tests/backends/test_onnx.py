@@ -18,6 +18,7 @@ import cachegraph as cg
 from cachegraph.artifact.load import load_artifact
 from cachegraph.backends.named import NamedGraph, named_graphs
 from cachegraph.errors import BackendError
+from cachegraph.graph.interface import Interface, Port, Role
 from cachegraph.graph.weights import stored_weight
 from cachegraph.oracle.trial import warm_up
 from cachegraph.spec import TensorSpec
@@ -123,6 +124,10 @@ class Halves(nn.Module):
         return rolled, torch.sort(x.round(), dim=-1, descending=True, stable=True)[1]
 
 
+def ports(specs: Mapping[str, TensorSpec]) -> tuple[Port, ...]:
+    return tuple(Port(name, spec, Role.MODEL) for name, spec in specs.items())
+
+
 @pytest.mark.parametrize("floating", [False, True])
 def test_translations_of_our_own(floating: bool) -> None:
     onnxruntime: Any = pytest.importorskip("onnxruntime")
@@ -136,12 +141,9 @@ def test_translations_of_our_own(floating: bool) -> None:
     module = program.module(check_guards=False)
     specs = TensorSpec(("batch", 2, 5, 8), torch.float32), TensorSpec.of(mask)
     order = TensorSpec(("batch", 2, 5, 8), torch.int64)
-    named = NamedGraph(
-        module,
-        dict(zip(("x", "m"), specs, strict=True)),
-        {"a": specs[0], "i": order},
-        {"batch": (4,)},
-    )
+    inputs = dict(zip(("x", "m"), specs, strict=True))
+    interface = Interface(ports(inputs), ports({"a": specs[0], "i": order}))
+    named = NamedGraph(module, interface, {"batch": (4,)})
     module.register_buffer("spare", torch.zeros(3))
     model = to_onnx("halves", named, {"spare": torch.zeros(3)})
     assert "spare" not in {tensor.name for tensor in model.graph.initializer}
@@ -235,7 +237,8 @@ def test_torch_computes_constants() -> None:
     program = torch.export.export(Timed(), (t, noise))
     inputs = {"t": TensorSpec.of(t), "noise": TensorSpec.of(noise)}
     out = {"out": TensorSpec((2, 64), torch.float32)}
-    model = to_onnx("t", NamedGraph(program.module(check_guards=False), inputs, out, {}), {})
+    interface = Interface(ports(inputs), ports(out))
+    model = to_onnx("t", NamedGraph(program.module(check_guards=False), interface, {}), {})
     assert not {"Exp", "Range", "Div", "Neg"} & {node.op_type for node in model.graph.node}
     held = [onnx.numpy_helper.to_array(one) for one in model.graph.initializer]
     wanted = torch.exp(-torch.arange(64) / 7).numpy()
