@@ -52,8 +52,7 @@ _Hooks = Annotated[
     typer.Option("--hooks", help="Also run each schedule by Python hooks, as published codes."),
 ]
 _Choice = Annotated[
-    bool,
-    typer.Option("--choice", help="Also time partial steps without their choice of tokens."),
+    bool, typer.Option("--choice", help="Also time partial steps without their choice of tokens.")
 ]
 _Whole = Annotated[
     bool, typer.Option("--whole", help="Also time whole trajectories, not only kinds of steps.")

@@ -11,8 +11,7 @@ from .options import ArchOption, ModelArgument
 from .output import progress, show
 
 _Out = Annotated[
-    Path,
-    typer.Option("--out", "-o", metavar="FILE.yaml", show_default=False, help="A schedule."),
+    Path, typer.Option("--out", "-o", metavar="FILE.yaml", show_default=False, help="A schedule.")
 ]
 _Steps = Annotated[
     int | None,

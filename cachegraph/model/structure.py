@@ -12,59 +12,29 @@ from torch import fx
 aten = torch.ops.aten
 
 VIEWS = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.expand.default,
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
+    *(aten.permute.default, aten.transpose.int, aten.t.default),
+    *(aten.flatten.using_ints, aten.unflatten.int, aten.expand.default),
+    *(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default),
 }
 CASTS = {
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
+    *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device),
     aten.type_as.default,
 }
 PIECES = {
-    operator.getitem,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.select.int,
-    aten.narrow.default,
+    *(operator.getitem, aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.narrow.default),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
 }
 # What a stream may pass on its way to a residual add; an expanded tensor is a modulation.
 CARRIED = (VIEWS | CASTS | {aten.slice.Tensor}) - {aten.expand.default}
 CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.convolution.default,
-    aten.conv2d.padding,
-    aten.conv1d.padding,
-    aten.conv3d.padding,
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
 }
 PRODUCTS = {
-    aten.matmul.default,
-    aten.bmm.default,
-    aten.mm.default,
-    aten.baddbmm.default,
-    aten.addmm.default,
-    aten.einsum.default,
+    *(aten.matmul.default, aten.bmm.default, aten.mm.default),
+    *(aten.baddbmm.default, aten.addmm.default, aten.einsum.default),
 }
 ATTENTION = {aten.scaled_dot_product_attention.default}
 

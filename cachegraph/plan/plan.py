@@ -14,17 +14,7 @@ from functools import cached_property
 from cachegraph.errors import PlanError
 from cachegraph.model.site import Site
 
-from .action import (
-    Action,
-    Compute,
-    Forecast,
-    Refresh,
-    Reuse,
-    Row,
-    makes_value,
-    sources,
-    structure,
-)
+from .action import Action, Compute, Forecast, Refresh, Reuse, Row, makes_value, sources, structure
 from .selection import Selection
 from .slot import EXTRAS
 from .variant import VALUES, Kept, Variant, extra_spec, last_use, make_variant, order_depth
@@ -223,12 +213,7 @@ def _check_forecast(site: Site, action: Action, step: int, place: str) -> None:
 
 
 def _check_refresh(
-    site: Site,
-    rows: Sequence[Row],
-    step: int,
-    index: int,
-    selection: Selection | None,
-    place: str,
+    site: Site, rows: Sequence[Row], step: int, index: int, selection: Selection | None, place: str
 ) -> None:
     action = rows[step][index]
     if not isinstance(action, Refresh):

@@ -161,10 +161,7 @@ def _refresh_constants(
 
 
 def _step_constant(
-    steps: Sequence[int],
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    selection: Selection | None,
+    steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row], selection: Selection | None
 ) -> tuple[StepConstant, ...]:
     """The number of the step, where scores are random."""
     chosen = [s.name for i, s in enumerate(sites) if isinstance(rows[steps[0]][i], Refresh)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,8 +61,12 @@ def load_model(
         architecture = _recognise(shapes, path)
     else:
         architecture, options = _parse_arch(arch)
-    with torch.device("meta"), _place(path):
-        model = architecture.infer(shapes, metadata, options)
+    try:
+        with torch.device("meta"):
+            model = architecture.infer(shapes, metadata, options)
+    except ModelError as error:
+        parts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
+        raise ModelError(error.what, place=str(path), **parts) from error
     _check_shapes(model, shapes, path)
     # assign: the tensors read become the parameters, so that nothing is held twice
     model.load_state_dict(state, assign=True)
@@ -167,16 +169,6 @@ def _recognise(shapes: Shapes, path: Path) -> Architecture:
         found=f"{len(shapes)} tensors: {list_names(shapes)}",
         remedy="compile other models as a torch.export program (.pt2) or as module:factory",
     )
-
-
-@contextmanager
-def _place(path: Path) -> Iterator[None]:
-    """Says which file an error is about."""
-    try:
-        yield
-    except ModelError as error:
-        parts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
-        raise ModelError(error.what, place=str(path), **parts) from error
 
 
 def _check_shapes(model: nn.Module, shapes: Shapes, path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from cachegraph.artifact.data import from_data, to_data
 from cachegraph.errors import SessionError, TraceError
 from cachegraph.model.signature import CallSignature, Output, call_arguments, make_signature
 from cachegraph.spec import TensorSpec
@@ -111,8 +111,8 @@ def test_arguments_through_keywords() -> None:
 
 def test_it_survives_json() -> None:
     signature = signed(X, T, parts={"a": A}, scale=0.5, result={"out": [X, None]})
-    adapter = TypeAdapter(CallSignature)
-    again = adapter.validate_python(json.loads(adapter.dump_json(signature)))
+    text = json.dumps(to_data(signature, CallSignature))
+    again = from_data(json.loads(text), CallSignature)
     assert again == signature
     assert same(again.flatten((X, T), {"parts": {"a": A}, "scale": 0.5}), [X, T, A])
 

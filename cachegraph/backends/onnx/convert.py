@@ -135,10 +135,7 @@ def _translate(program: torch.export.ExportedProgram, graph: NamedGraph) -> ir.M
     _fx_passes.insert_type_promotion_nodes(program.graph_module)
     _fx_passes.remove_assertion_nodes(program.graph_module)
     model = _core._exported_program_to_onnx_program(program, registry=registry).model
-    for values, names in (
-        (model.graph.inputs, graph.inputs),
-        (model.graph.outputs, graph.outputs),
-    ):
+    for values, names in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name
     return model
