@@ -9,15 +9,14 @@ import typer
 
 from cachegraph.errors import InputError, nearest
 
+from .options import argument
 from .output import progress, show
 
 _FORMATS = ("onnx",)
 
 
 def export(
-    artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="What compile wrote.")
-    ],
+    artifact: Annotated[Path, argument("ARTIFACT", "What compile wrote.")],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="FOLDER", show_default=False, help="Where to write."),
