@@ -40,13 +40,8 @@ class _Commands(TyperGroup):
                 for category in (DeprecationWarning, FutureWarning):  # torch's, about itself
                     warnings.simplefilter("ignore", category)
                 return super().invoke(ctx)
-        except (
-            typer.Exit,
-            typer.Abort,
-            typer.TyperException,
-            BrokenPipeError,
-        ):  # typer's to report
-            raise
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            raise  # typer reports it
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None

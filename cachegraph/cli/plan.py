@@ -49,13 +49,8 @@ class _Request:
         """The model, perhaps without weights."""
         from cachegraph.compiler.sources import open_model
 
-        return open_model(
-            self.model,
-            arch=self.arch,
-            inputs=self.inputs,
-            shapes_only=True,
-            input_size=self.input_size,
-        )
+        arch, inputs, size = self.arch, self.inputs, self.input_size
+        return open_model(self.model, arch=arch, inputs=inputs, input_size=size, shapes_only=True)
 
     def trace(self) -> tuple[TracedModel, str]:
         """The model's trace, and its name."""

@@ -93,23 +93,21 @@ def module_stack(node: fx.Node) -> list[str]:
     return [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
 
 
+def _common_stack(nodes: Sequence[fx.Node]) -> list[str]:
+    first, *rest = map(module_stack, nodes)
+    return [path for path in first if all(path in stack for stack in rest)]
+
+
 def common_module(nodes: Sequence[fx.Node]) -> str:
     """Path of the innermost module that holds all nodes."""
-    common = module_stack(nodes[0])
-    for node in nodes[1:]:
-        paths = set(module_stack(node))
-        common = [path for path in common if path in paths]
+    common = _common_stack(nodes)
     return common[-1] if common else ""
 
 
 def enclosing_module(anchors: set[fx.Node], adds: Sequence[fx.Node]) -> str | None:
     """The innermost module that holds every anchor and none of the residual adds."""
-    holding = module_stack(next(iter(anchors)))
-    for node in anchors:
-        paths = set(module_stack(node))
-        holding = [path for path in holding if path in paths]
     outside = {path for add in adds for path in module_stack(add)}
-    inner = [path for path in holding if path not in outside]
+    inner = [path for path in _common_stack(list(anchors)) if path not in outside]
     return inner[-1] if inner else None
 
 

@@ -36,11 +36,6 @@ class Variant:
     constants: tuple[StepConstant, ...]
     extras: tuple[tuple[int, ...], ...] = ()
 
-    def __post_init__(self) -> None:
-        """No extras at all stands for none at any site."""
-        if not self.extras:
-            object.__setattr__(self, "extras", ((),) * len(self.row))
-
 
 VALUES = 0  # the part of a site's memory that its values are
 

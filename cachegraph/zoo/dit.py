@@ -19,7 +19,6 @@ from .layers import (
     plain_norm,
     position_embedding,
     random_normal,
-    unpatchify,
 )
 
 SIZES = {
@@ -152,8 +151,7 @@ class DiT(PatchTransformer):
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c)
-        side = self.input_size // self.patch_size
-        return unpatchify(self.final_layer(x, c), self.patch_size, side)
+        return self.unpatchify(self.final_layer(x, c))
 
     def example_condition(self, batch: int, generator: torch.Generator) -> Tensor:
         """Labels ``(B,)``: 0, 1, 2 and so on."""

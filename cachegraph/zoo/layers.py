@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cachegraph.errors import ModelError
 
+MAX_PERIOD = 10000.0  # of the timestep embedding, in timesteps over 2 pi
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding, in all published sizes
 CFG_CHANNELS = 3  # the published code guides three of the four latent channels
 
@@ -25,23 +26,6 @@ class ModelSize(NamedTuple):
     depth: int
     hidden_size: int
     num_heads: int
-
-
-def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
-    """Cosines, then sines, of ``t`` at geometrically spaced frequencies.
-
-    Args:
-        t: timesteps ``(B,)``, integer or fractional.
-        width: even number of features.
-        max_period: longest period, in timesteps over 2 pi.
-
-    Returns:
-        ``(B, width)`` in float32.
-    """
-    half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angle = t[:, None].float() * torch.exp(-math.log(max_period) * exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def random_normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -98,7 +82,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds timesteps ``(B,)`` as ``(B, C)``."""
+    """Embeds timesteps as cosines, then sines, at geometrically spaced frequencies."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -107,8 +91,11 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """``(B,)`` to ``(B, C)``."""
-        embedding = timestep_embedding(t, FREQUENCIES)
+        """Timesteps ``(B,)``, integer or fractional, to ``(B, C)``."""
+        half = FREQUENCIES // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angle = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponent)
+        embedding = torch.cat([angle.cos(), angle.sin()], dim=-1)
         dtype = next(self.mlp.parameters()).dtype
         # a cast that does nothing would still be a node of the traced graph
         return self.mlp(embedding if dtype == torch.float32 else embedding.to(dtype))
@@ -149,22 +136,6 @@ class Mlp(nn.Module):
 def plain_norm(hidden_size: int) -> nn.LayerNorm:
     """A LayerNorm without parameters: scale and shift come from the condition instead."""
     return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-
-
-def unpatchify(x: Tensor, patch_size: int, side: int) -> Tensor:
-    """Puts the pixels of every token where its patch is.
-
-    Args:
-        x: ``(B, side * side, patch_size * patch_size * C_out)``.
-        patch_size: height and width of a patch.
-        side: patches along one side.
-
-    Returns:
-        ``(B, C_out, side * patch_size, side * patch_size)``.
-    """
-    batch, channels, size = x.shape[0], x.shape[2] // patch_size**2, side * patch_size
-    x = x.reshape(batch, side, side, patch_size, patch_size, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, size, size)
 
 
 def check_shape(what: str, x: Tensor, wanted: tuple[int, ...]) -> None:
@@ -225,6 +196,13 @@ class PatchTransformer(nn.Module):
         self.arch = f"{family} custom" if letter is None else f"{family}-{letter}/{patch_size}"
         self.x_embedder = PatchEmbed(patch_size, in_channels, size.hidden_size)
         self.t_embedder = TimestepEmbedder(size.hidden_size)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Puts the pixels of every token, ``(B, N, patch_size**2 * C_out)``, where its patch is."""
+        batch, patch, side = x.shape[0], self.patch_size, self.input_size // self.patch_size
+        channels = x.shape[2] // patch**2
+        x = x.reshape(batch, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(batch, channels, side * patch, side * patch)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, *more: Any, **named: Any

@@ -24,7 +24,6 @@ from .layers import (
     plain_norm,
     position_embedding,
     random_normal,
-    unpatchify,
 )
 
 SIZES = {"XL": ModelSize(28, 1152, 16)}
@@ -230,8 +229,7 @@ class PixArt(PatchTransformer):
         text = self.y_embedder(text)
         for block in self.blocks:
             x = block(x, text, c, attended)
-        side = self.input_size // self.patch_size
-        return unpatchify(self.final_layer(x, t), self.patch_size, side)
+        return self.unpatchify(self.final_layer(x, t))
 
     def example_condition(self, batch: int, generator: torch.Generator) -> Tensor:
         """Text features ``(B, 1, L, D)``; no token is padding."""

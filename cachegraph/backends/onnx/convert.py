@@ -212,10 +212,8 @@ def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
         length = op.Shape(self, start=axis, end=axis + 1)
         by = _whole(shift) if isinstance(shift, int) else op.Reshape(shift, _whole(-1))
         cut = op.Mod(op.Sub(length, by), length)
-        front, back = (
-            op.Slice(self, _whole(0), cut, _whole(axis)),
-            op.Slice(self, cut, length, _whole(axis)),
-        )
+        front = op.Slice(self, _whole(0), cut, _whole(axis))
+        back = op.Slice(self, cut, length, _whole(axis))
         self = op.Concat(back, front, axis=axis)
     return self
 
