@@ -198,10 +198,11 @@ def _show_parts(
     dot: Path | None,
     sites: bool,
 ) -> None:
-    """What was asked for; else an overview."""
+    """What was asked for; else an overview, and what each pass did where that is known."""
     from cachegraph.graph.text import difference
     from cachegraph.graph.text import dot as graph_dot
-    from cachegraph.show.view import sites_table
+    from cachegraph.show.picture import overview
+    from cachegraph.show.view import passes_table, sites_table
 
     if sites:
         show(sites_table(view.plan.sites))
@@ -216,7 +217,9 @@ def _show_parts(
     elif variant:
         typer.echo(view.texts[view.variant(variant)], nl=False)
     else:
-        _show_overview(view, heading)
+        show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+        if view.reports:
+            show("", passes_table(view.reports))
 
 
 def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[str]) -> None:
@@ -236,16 +239,6 @@ def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[s
         say("sampling")
         write_token_map(load_model(what), schedule, path)
     show(f"{path}: a panel a step; orange: recomputed tokens, green frame: everything is computed")
-
-
-def _show_overview(view: View, heading: str) -> None:
-    """Picture, variants and cost, and what each pass did where that is known."""
-    from cachegraph.show.picture import overview
-    from cachegraph.show.view import passes_table
-
-    show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
-    if view.reports:
-        show("", passes_table(view.reports))
 
 
 def _needed(schedule: str | None, model: str) -> str:

@@ -7,6 +7,7 @@ the runner frees a value after the last step that uses it, and no history is eve
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -231,9 +232,7 @@ def _check_refresh(
 
 
 def _describe_group(key: Sequence[tuple[str, int]], steps: Sequence[int]) -> str:
-    words: dict[str, int] = {}
-    for kind, _ in key:
-        words[kind] = words.get(kind, 0) + 1
+    words = Counter(kind for kind, _ in key)
     listed = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
     return f"steps {listed}: " + ", ".join(f"{n} {kind}" for kind, n in words.items())
 

@@ -70,10 +70,15 @@ class Architecture:
         seen = _seen(shapes) | told | dict(options)
         if "num_heads" not in seen:
             seen["num_heads"] = _heads(self.name, self.published, shapes, metadata)
+        side = _grid_side(shapes)
+        inner, hidden = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)
+        outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
+        _, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
         return self.model(
-            input_size=_grid_side(shapes) * seen["patch_size"],
-            mlp_ratio=_mlp_ratio(shapes),
-            **{self.variance: _predicts_variance(shapes)},
+            input_size=side * seen["patch_size"],
+            mlp_ratio=inner / hidden,
+            # there are more outputs than a patch of noise has values
+            **{self.variance: outputs != patch * patch * channels},
             **seen,
         )
 
@@ -159,18 +164,6 @@ def _grid_side(shapes: Shapes) -> int:
             found=str(tokens),
         )
     return side
-
-
-def _mlp_ratio(shapes: Shapes) -> float:
-    inner, hidden = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)
-    return inner / hidden
-
-
-def _predicts_variance(shapes: Shapes) -> bool:
-    """Whether there are more outputs than a patch of noise has values."""
-    outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
-    _, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
-    return outputs != patch * patch * channels
 
 
 def _heads(

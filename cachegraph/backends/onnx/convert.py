@@ -305,12 +305,8 @@ def _name_sizes(model: ir.Model, graph: NamedGraph) -> None:
                 names[str(made_up)] = dim
     for value in (*ends, *(out for node in model.graph for out in node.outputs)):
         if value.shape is not None:
-            dims = TensorSpec(tuple(map(_dim, value.shape)), torch.bool).renamed(names).shape
-            value.shape = ir.Shape(dims)
-
-
-def _dim(dim: int | ir.SymbolicDim) -> int | str:
-    return dim if isinstance(dim, int) else str(dim)
+            dims = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+            value.shape = ir.Shape(TensorSpec(dims, torch.bool).renamed(names).shape)
 
 
 def _keep_module_path(node: ir.Node) -> None:

@@ -72,6 +72,7 @@ class TensorRT(AheadOfTime):
 
         plans = {name: binding_plan(graph) for name, graph in graphs.items()}
         content = _content_of(weights)
+        known = cache_folder(f"tensorrt-{machine.tensorrt}") / machine.gpu.replace(" ", "-")
         with tempfile.TemporaryDirectory(prefix="cachegraph-") as beside:
             save_weights(distinct(weights)[0], Path(beside) / WEIGHTS_FILE)
             for name, model in models.items():
@@ -80,7 +81,7 @@ class TensorRT(AheadOfTime):
                 source = Path(beside) / f"{name}.onnx"
                 source.write_bytes(serialized)
                 key = _digest(serialized, content, json.dumps(list(map(asdict, plans[name]))))
-                kept = _cache_folder(machine) / f"{key}.engine"
+                kept = make_folder(known) / f"{key}.engine"
                 if not kept.is_file():
                     engine = build_engine(source, model, plans[name], kept.parent, progress)
                     _write_whole(kept, engine)
@@ -184,12 +185,6 @@ def _content_of(weights: Weights) -> str:
 def _digest(*parts: str | bytes) -> str:
     encoded = (part.encode() if isinstance(part, str) else part for part in parts)
     return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in encoded)).hexdigest()
-
-
-def _cache_folder(machine: Machine) -> Path:
-    """Where engines are kept between compilations, one folder a machine."""
-    folder = cache_folder(f"tensorrt-{machine.tensorrt}") / machine.gpu.replace(" ", "-")
-    return make_folder(folder)
 
 
 def _write_whole(path: Path, content: bytes) -> None:

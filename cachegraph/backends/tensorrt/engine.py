@@ -87,7 +87,9 @@ def build_engine(
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source)):
-        raise _refused(model, [_told(parser.get_error(i)) for i in range(parser.num_errors)])
+        errors = map(parser.get_error, range(parser.num_errors))
+        told = [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]
+        raise _refused(model, told)
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
@@ -224,10 +226,6 @@ def _refit(
     torch.cuda.current_stream().synchronize()  # weights may still be on their way to the GPU
     if not refitter.refit_cuda_engine():
         raise _unusable(path, "the engine cannot be filled with weights", log.errors)
-
-
-def _told(error: trt.ParserError) -> str:
-    return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
 
 
 def _refused(model: onnx.ModelProto, errors: Sequence[str]) -> BackendError:
