@@ -148,16 +148,6 @@ def check_shape(what: str, x: Tensor, wanted: tuple[int, ...]) -> None:
         )
 
 
-def check_divides(name: str, value: int, by_name: str, by: int) -> None:
-    """Refuses sizes that are not positive, or do not divide."""
-    if by < 1 or value < 1 or value % by:
-        raise ModelError(
-            f"{name} {value} cannot be divided by {by_name}",
-            expected=f"a positive multiple of {by}",
-            found=str(value),
-        )
-
-
 class PatchTransformer(nn.Module):
     """What the known diffusion transformers over patches of an image have in common.
 
@@ -186,9 +176,14 @@ class PatchTransformer(nn.Module):
         variance: bool,
     ) -> None:
         super().__init__()
-        check_divides("input_size", input_size, "patch_size", patch_size)
-        check_divides("hidden_size", size.hidden_size, "num_heads", size.num_heads)
-        check_divides("hidden_size", size.hidden_size, "the 4 parts of pos_embed", 4)
+        for name, value, by_name, by in (
+            ("input_size", input_size, "patch_size", patch_size),
+            ("hidden_size", size.hidden_size, "num_heads", size.num_heads),
+            ("hidden_size", size.hidden_size, "the 4 parts of pos_embed", 4),
+        ):
+            if by < 1 or value < 1 or value % by:
+                what = f"{name} {value} cannot be divided by {by_name}"
+                raise ModelError(what, expected=f"a positive multiple of {by}", found=str(value))
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_heads, self.out_channels = size.num_heads, in_channels * (1 + variance)
         family, sizes = names
