@@ -82,11 +82,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             else "update cachegraph, or compile it again with this one",
         )
     if recorded != digest_of(manifest):
-        raise ArtifactError(
-            "the manifest was changed after it was written",
-            place=str(folder / MANIFEST),
-            remedy="compile the artifact again",
-        )
+        what = "the manifest was changed after it was written"
+        raise ArtifactError(what, place=str(folder / MANIFEST), remedy="compile the artifact again")
     return manifest
 
 

@@ -289,11 +289,8 @@ def _check_counts(steps: int, max_distance: int, trajectories: int) -> None:
                 f"{name} is too small", expected=f"at least {least}", found=str(number)
             )
     if max_distance >= steps:
-        raise InputError(
-            "max_distance is too large",
-            expected=f"less than {steps} steps",
-            found=str(max_distance),
-        )
+        what = "max_distance is too large"
+        raise InputError(what, expected=f"less than {steps} steps", found=str(max_distance))
 
 
 def _check_output(out: Path) -> None:

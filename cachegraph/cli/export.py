@@ -29,11 +29,8 @@ def export(
     from cachegraph.show.picture import size
 
     if to not in _FORMATS:
-        raise InputError(
-            f"--to: unknown format {to!r}",
-            expected=", ".join(_FORMATS),
-            remedy=nearest(to, _FORMATS),
-        )
+        what = f"--to: unknown format {to!r}"
+        raise InputError(what, expected=", ".join(_FORMATS), remedy=nearest(to, _FORMATS))
     with progress() as say:
         say("reading the artifact")
         export_onnx(load_artifact(artifact), out, say)

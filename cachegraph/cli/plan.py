@@ -248,11 +248,8 @@ def _needed(schedule: str | None, model: str) -> str:
     if schedule is not None:
         return schedule
     check_model_file(model)
-    raise InputError(
-        "a model needs --schedule, or give an artifact",
-        place=model,
-        remedy="only --sites does without",
-    )
+    what = "a model needs --schedule, or give an artifact"
+    raise InputError(what, place=model, remedy="only --sites does without")
 
 
 def _read(path: str, options: Sequence[str]) -> tuple[View, str]:

@@ -137,11 +137,8 @@ def _open(
         if shapes_only or random_weights:
             device = "meta" if shapes_only else "cpu"
             return Source(build_model(text, input_size or 32, device=device), None, None, text)
-        raise ModelError(
-            f"{text!r} is an architecture, without weights",
-            expected=FORMS,
-            remedy="only plan, inspect and bench do without",
-        )
+        what = f"{text!r} is an architecture, without weights"
+        raise ModelError(what, expected=FORMS, remedy="only plan, inspect and bench do without")
     if ":" in text:
         return _from_factory(text)
     check_model_file(text)
@@ -291,11 +288,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             found=str(error),
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-        raise ModelError(
-            "the config names no model class",
-            place=str(folder / "config.json"),
-            expected="the key _class_name",
-        )
+        what = "the config names no model class"
+        raise ModelError(what, place=str(folder / "config.json"), expected="the key _class_name")
     return config
 
 

@@ -257,10 +257,6 @@ def _parse_row(row: Any, kind: str, place: str) -> tuple[bool, ...]:
     text = row.get(kind) if isinstance(row, Mapping) else None
     digits = "".join(map(str, text)) if isinstance(text, list | tuple) else text
     if not isinstance(digits, str) or not digits or set(digits) - {"0", "1"}:
-        raise InputError(
-            f"the row has no list of 0 and 1 for {kind!r}",
-            place=place,
-            expected=_ROW,
-            found=repr(row)[:60],
-        )
+        what = f"the row has no list of 0 and 1 for {kind!r}"
+        raise InputError(what, place=place, expected=_ROW, found=repr(row)[:60])
     return tuple(digit == "1" for digit in digits)

@@ -143,11 +143,8 @@ def call_arguments(
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TraceError(
-            f"the example inputs do not fit {type(model).__name__}.forward",
-            expected=str(signature),
-            found=str(error),
-        ) from error
+        what = f"the example inputs do not fit {type(model).__name__}.forward"
+        raise TraceError(what, expected=str(signature), found=str(error)) from error
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind

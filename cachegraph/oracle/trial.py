@@ -86,19 +86,13 @@ def reference_of(artifact: Artifact, model: nn.Module, seed: int) -> ReferenceRu
     try:
         traced = trace(model, (), next(calls(program, seed)))
     except TraceError as error:
-        raise ModelError(
-            "the model cannot be called as the one that the artifact was compiled from",
-            expected=program.signature.describe(),
-            found=error.found,
-        ) from error
+        what = "the model cannot be called as the one that the artifact was compiled from"
+        raise ModelError(what, expected=program.signature.describe(), found=error.found) from error
     skipped = any(site.kind == SiteKind.STACK for site in program.sites)
     sites = (*traced.sites, traced.stack) if skipped and traced.stack else traced.sites
     if _names(sites) != _names(program.sites):
-        raise ModelError(
-            "the artifact was compiled from another model",
-            expected=describe(program.sites),
-            found=describe(sites),
-        )
+        what = "the artifact was compiled from another model"
+        raise ModelError(what, expected=describe(program.sites), found=describe(sites))
     plan = make_plan(sites, program.rows, selection=program.selection)
     return ReferenceRunner.of_plan(model, traced, plan, artifact.schedule)
 

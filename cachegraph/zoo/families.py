@@ -158,11 +158,8 @@ def _grid_side(shapes: Shapes) -> int:
     _, tokens, _ = _shape(shapes, "pos_embed", 3)
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ModelError(
-            "pos_embed is not of a square image",
-            expected="a square number of tokens",
-            found=str(tokens),
-        )
+        what = "pos_embed is not of a square image"
+        raise ModelError(what, expected="a square number of tokens", found=str(tokens))
     return side
 
 

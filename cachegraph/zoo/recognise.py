@@ -45,11 +45,8 @@ def load_model(
     """
     if (preset := PRESETS.get(str(path))) is not None:
         if arch is not None:
-            raise ModelError(
-                f"the shipped model {str(path)!r} takes no architecture",
-                expected="arch left out",
-                found=f"arch={arch!r}",
-            )
+            what = f"the shipped model {str(path)!r} takes no architecture"
+            raise ModelError(what, expected="arch left out", found=f"arch={arch!r}")
         return preset(device)
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -137,11 +134,8 @@ def _parse_option(pair: str, architecture: Architecture) -> tuple[str, int]:
             remedy=nearest(name, architecture.options),
         )
     if not value.isdecimal() or int(value) == 0:
-        raise ModelError(
-            f"option {name!r} of {architecture.name} has no usable value",
-            expected="a positive whole number",
-            found=repr(value),
-        )
+        what = f"option {name!r} of {architecture.name} has no usable value"
+        raise ModelError(what, expected="a positive whole number", found=repr(value))
     return name, int(value)
 
 

@@ -65,11 +65,8 @@ def require(packages: Sequence[str], backend: str, extra: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise BackendError(
-            f"backend {backend} needs packages that are not installed",
-            found=f"no {', '.join(missing)}",
-            remedy=f"pip install '{extra}'",
-        )
+        what = f"backend {backend} needs packages that are not installed"
+        raise BackendError(what, found=f"no {', '.join(missing)}", remedy=f"pip install '{extra}'")
 
 
 def _provider(available: Sequence[str], device: torch.device) -> str:
@@ -94,11 +91,8 @@ def _function(
     session = _session(path, model, provider, device.index or 0)
     found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
     if found != [*graph.inputs, *stored, *graph.outputs]:
-        raise BackendError(
-            "the ONNX file has other inputs and outputs than the graph",
-            place=str(path),
-            remedy="compile again",
-        )
+        what = "the ONNX file has other inputs and outputs than the graph"
+        raise BackendError(what, place=str(path), remedy="compile again")
     held = {name: OrtValue.from_dlpack(tensor) for name, tensor in stored.items()}
 
     # Values do not own the tensors, so the weights must live as long as the function does.

@@ -189,11 +189,8 @@ def _check_bindings(path: Path, engine: trt.ICudaEngine, graph: NamedGraph) -> N
             found=str({k: v for k, v in found.items() if wanted.get(k) != v}),
         )
     if on_host := [name for name in names if engine.is_shape_inference_io(name)]:
-        raise BackendError(
-            "the engine reads the contents of inputs to know sizes",
-            place=str(path),
-            found=", ".join(on_host),
-        )
+        what = "the engine reads the contents of inputs to know sizes"
+        raise BackendError(what, place=str(path), found=", ".join(on_host))
 
 
 def _fixed(shape: Sequence[int | str]) -> tuple[int, ...]:
