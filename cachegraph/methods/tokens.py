@@ -66,10 +66,8 @@ class TokenMethod(TokenKeys):
                 ]
                 fresh = [ratios.token_count(share, n) if n else 0 for share in shares]
                 columns[site.name] = self._column(choice, site.name, here, fresh, n)
-        # All blocks together do what the last of them does.
         last = [pair[min(len(groups), 2) - 1] for pair in types]
-        column = [action for (action,) in resolve([[kind is not StepType.SKIP] for kind in last])]
-        columns |= {site.name: column for site in sites if site.kind == SiteKind.STACK}
+        columns |= {s.name: _stack_column(last) for s in sites if s.kind == SiteKind.STACK}
         return tuple(tuple(columns[site.name][step] for site in sites) for step in range(steps))
 
     def step_types(self, steps: int) -> tuple[StepTypes, ...]:
@@ -157,3 +155,8 @@ class TokenMethod(TokenKeys):
             expected="ratios that reach 1 only before or after the partial steps of an interval",
             remedy="lower 'fresh_ratio', or choose another 'ratio_schedule'",
         )
+
+
+def _stack_column(types: Sequence[StepType]) -> list[Action]:
+    """What the steps do with all blocks together, by what they do in the last block."""
+    return [action for (action,) in resolve([[kind is not StepType.SKIP] for kind in types])]
