@@ -23,13 +23,7 @@ class CachegraphError(Exception):
     exit_code = 1  # of the command line: 1 failure, 2 wrong input
 
     def __init__(
-        self,
-        what: str,
-        *,
-        place: str = "",
-        expected: str = "",
-        found: str = "",
-        remedy: str = "",
+        self, what: str, *, place: str = "", expected: str = "", found: str = "", remedy: str = ""
     ) -> None:
         self.what, self.place = what, place
         self.expected, self.found, self.remedy = expected, found, remedy

@@ -73,11 +73,8 @@ def refuse_foreign(target: Path, mark: str, what: str) -> None:
     """
     if os.path.exists(target):  # unlike Path.exists, no error where one may not look
         if not (target / mark).is_file():
-            raise ArtifactError(
-                f"the output exists and is no {what}",
-                place=str(target),
-                remedy="choose another path or remove it",
-            )
+            what = f"the output exists and is no {what}"
+            raise ArtifactError(what, place=str(target), remedy="choose another path or remove it")
     elif found := _problem(target.parent):
         raise ArtifactError(
             "the output cannot be written", place=str(target), found=found, remedy=_ANOTHER

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar, overload
+from functools import cache
+from typing import Any, TypeVar
 
 V = TypeVar("V")
 
@@ -18,16 +19,13 @@ class LazyMapping(Mapping[str, V]):
 
     def __init__(self, names: Iterable[str], make: Callable[[str], V]) -> None:
         self._names = dict.fromkeys(names)
-        self._make = make
-        self._made: dict[str, V] = {}
+        self._make = cache(make)
 
     def __getitem__(self, name: str) -> V:
         """The value of a name."""
         if name not in self._names:
             raise KeyError(name)
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
+        return self._make(name)
 
     def __iter__(self) -> Iterator[str]:
         """The names in order."""
@@ -44,11 +42,7 @@ class LazySequence(Sequence[V]):
     def __init__(self, values: Mapping[str, V]) -> None:
         self._values, self._names = values, tuple(values)
 
-    @overload
-    def __getitem__(self, index: int) -> V: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[V]: ...
-    def __getitem__(self, index: int | slice) -> V | Sequence[V]:
+    def __getitem__(self, index: Any) -> Any:
         """One value, or some."""
         if isinstance(index, slice):
             return [self._values[name] for name in self._names[index]]

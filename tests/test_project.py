@@ -386,8 +386,7 @@ FORBIDDEN = [
 def test_no_file_names_a_machine_or_a_registry() -> None:
     found = []
     for path in tracked_files():
-        content = path.read_bytes()
-        if b"\0" in content:
+        if b"\0" in (content := path.read_bytes()):
             continue
         for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
             found += [f"{path}:{number}: {text}" for text in FORBIDDEN if text in line]
@@ -395,7 +394,7 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 
 
 def test_constraints_are_plain_pins() -> None:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line[:1] != "#"]
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pins = [line for line in text.splitlines() if line[:1] != "#"]
     assert "torch==2.13.0" in pins
-    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)

@@ -142,13 +142,13 @@ def _loop(
 
 def _readme(program: Program, graphs: Mapping[str, NamedGraph], steps: tuple[LoopStep, ...]) -> str:
     first = next(iter(graphs.values()))
-    outputs = list(first.outputs)[: len(program.signature.outputs)]
+    outputs = [f"`{name}`" for name in list(first.outputs)[: len(program.signature.outputs)]]
     inputs = {k: first.inputs[k] for k in list(first.inputs)[: len(program.signature.inputs)]}
     called = ", ".join(f"`{name}` {spec}" for name, spec in inputs.items())
     lines = [
         f"# A denoising loop of {len(steps)} steps in {len(graphs)} ONNX files",
         "",
-        f"Every step calls the model once, with {called}; it returns {_quoted(outputs)}.",
+        f"Every step calls the model once, with {called}; it returns {', '.join(outputs)}.",
         f"`{WEIGHTS_FILE}` has the weights of all files and must lie beside them. `{LOOP}` says "
         "the same as this page to a program.",
         "",
@@ -176,7 +176,8 @@ def _readme(program: Program, graphs: Mapping[str, NamedGraph], steps: tuple[Loo
     ]
     for _, group in groupby(enumerate(steps), lambda pair: _row(*pair)):
         alike = [step for step, _ in group]
-        lines.append(f"| {_range(alike)} | {_row(alike[0], steps[alike[0]])} |")
+        numbers = f"{alike[0]} to {alike[-1]}" if len(alike) > 1 else f"{alike[0]}"
+        lines.append(f"| {numbers} | {_row(alike[0], steps[alike[0]])} |")
     for name, graph in graphs.items():
         lines += ["", f"## {name}.onnx", "", "| input | |", "|---|---|"]
         lines += [f"| {key} | {spec} |" for key, spec in graph.inputs.items()]
@@ -204,11 +205,3 @@ def _short(numbers: Any) -> str:
         return f"0..{numbers[-1]}"
     text = json.dumps(numbers)
     return text if len(text) <= 40 else "..."
-
-
-def _range(steps: list[int]) -> str:
-    return f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

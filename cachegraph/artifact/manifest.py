@@ -105,11 +105,12 @@ def read_manifest(folder: Path) -> Manifest:
             else "update cachegraph, or compile it again with this one",
         )
     if recorded != digest_of(manifest):
-        raise ArtifactError(
-            "the manifest was changed after it was written",
-            place=str(folder / MANIFEST),
-            remedy="compile the artifact again",
-        )
+        what = "the manifest was changed after it was written"
+        raise ArtifactError(what, place=str(folder / MANIFEST), remedy="compile the artifact again")
+    return _typed(manifest, folder)
+
+
+def _typed(manifest: dict[str, Any], folder: Path) -> Manifest:
     del manifest["cachegraph"]
     try:
         found: Manifest = from_data(manifest, Manifest)

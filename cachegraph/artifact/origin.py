@@ -53,10 +53,7 @@ class Origin:
 
 
 def find_origin(
-    model: str,
-    read: Sequence[Path] | None,
-    schedule: Schedule,
-    options: Mapping[str, object],
+    model: str, read: Sequence[Path] | None, schedule: Schedule, options: Mapping[str, object]
 ) -> Origin | None:
     """The origin of what ``cachegraph compile`` makes, or None where it cannot be told for sure.
 

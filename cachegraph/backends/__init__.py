@@ -1,6 +1,6 @@
 """Backends: what runs a lowered graph.
 
-Every backend says what in a graph it cannot take (``check``). A :class:`Backend` compiles, if it
+Every backend says what in a graph it cannot take (``check``). One :class:`InMemory` compiles, if it
 does at all, when a graph is called for the first time. An :class:`AheadOfTime` one writes files,
 which become part of the artifact, and opens them again.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -21,10 +20,12 @@ from cachegraph.spec import TensorSpec
 from .named import NamedGraph
 
 Progress = Callable[[str], None]  # is told what is being done
+Graphs = Mapping[str, NamedGraph]
+Weights = Mapping[str, Tensor]
 
 
-class Backend(Protocol):
-    """Runs lowered graphs as they are.
+class Backend:
+    """What every backend has.
 
     Attributes:
         name: on the command line.
@@ -33,11 +34,15 @@ class Backend(Protocol):
     """
 
     name: str
-    exact: bool
+    exact = False
 
     def check(self, graph: fx.Graph) -> list[str]:
         """Everything that the backend cannot take, with reasons; changes nothing."""
-        ...
+        return []
+
+
+class InMemory(Backend):
+    """Runs lowered graphs as they are."""
 
     def load(self, module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> StepFunction:
         """A function of flat tensors.
@@ -46,27 +51,13 @@ class Backend(Protocol):
             module: lowered graph with its weights.
             inputs: spec of every graph input; a symbolic size may differ from call to call.
         """
-        ...
+        raise NotImplementedError
 
 
-@runtime_checkable
-class AheadOfTime(Protocol):
-    """Compiles lowered graphs to files, and runs these; for the attributes see :class:`Backend`."""
+class AheadOfTime(Backend):
+    """Compiles lowered graphs to files, and runs these."""
 
-    name: str
-    exact: bool
-
-    def check(self, graph: fx.Graph) -> list[str]:
-        """Everything that the backend cannot take, with reasons; changes nothing."""
-        ...
-
-    def emit(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        progress: Progress,
-    ) -> None:
+    def emit(self, graphs: Graphs, weights: Weights, folder: Path, progress: Progress) -> None:
         """Compile every graph into files of a folder.
 
         The weights are in the artifact already, so the files are to do without their contents.
@@ -80,14 +71,10 @@ class AheadOfTime(Protocol):
         Raises:
             BackendError: something could not be compiled, or is not installed.
         """
-        ...
+        raise NotImplementedError
 
     def open(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        device: torch.device,
+        self, graphs: Graphs, weights: Weights, folder: Path, device: torch.device
     ) -> list[StepFunction]:
         """A function of flat tensors for each graph, in the order of ``graphs``.
 
@@ -100,10 +87,10 @@ class AheadOfTime(Protocol):
         Raises:
             BackendError: the files cannot run here.
         """
-        ...
+        raise NotImplementedError
 
 
-def get_backend(name: str) -> Backend | AheadOfTime:
+def get_backend(name: str) -> InMemory | AheadOfTime:
     """The backend of that name.
 
     Raises:
@@ -115,7 +102,7 @@ def get_backend(name: str) -> Backend | AheadOfTime:
     from .onnx.backend import Onnx
     from .tensorrt.backend import TensorRT
 
-    every: tuple[Backend | AheadOfTime, ...] = (Eager(), Inductor(), Aoti(), Onnx(), TensorRT())
+    every: tuple[InMemory | AheadOfTime, ...] = (Eager(), Inductor(), Aoti(), Onnx(), TensorRT())
     known = {backend.name: backend for backend in every}
     if name not in known:
         raise BackendError(
@@ -124,7 +111,7 @@ def get_backend(name: str) -> Backend | AheadOfTime:
     return known[name]
 
 
-def check_all(backend: Backend | AheadOfTime, graphs: Sequence[tuple[str, fx.Graph]]) -> None:
+def check_all(backend: Backend, graphs: Sequence[tuple[str, fx.Graph]]) -> None:
     """Refuse graphs that a backend cannot take.
 
     Args:

@@ -9,16 +9,14 @@ from torch import fx
 from cachegraph.runtime.known import StepFunction
 from cachegraph.spec import TensorSpec
 
+from . import InMemory
 
-class Eager:
+
+class Eager(InMemory):
     """torch's eager mode."""
 
     name = "eager"
     exact = True
-
-    def check(self, graph: fx.Graph) -> list[str]:
-        """Nothing is refused: eager runs whatever was traced."""
-        return []
 
     def load(self, module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> StepFunction:
         """The module itself."""

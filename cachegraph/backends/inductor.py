@@ -10,16 +10,13 @@ from torch import Tensor, fx
 from cachegraph.runtime.known import StepFunction
 from cachegraph.spec import TensorSpec
 
+from . import InMemory
 
-class Inductor:
+
+class Inductor(InMemory):
     """torch.compile with inductor; a variant is compiled at its first call."""
 
     name = "inductor"
-    exact = False
-
-    def check(self, graph: fx.Graph) -> list[str]:
-        """Nothing is refused: torch.compile takes every functional graph of aten operators."""
-        return []
 
     def load(self, module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> StepFunction:
         """A function that compiles at its first call and never again for another batch.

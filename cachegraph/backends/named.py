@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from cachegraph.graph.interface import Interface, Port
@@ -52,6 +53,11 @@ class NamedGraph:
     def example_sizes(self) -> dict[str, int]:
         """The largest known value of every varying size, but 2 at least: see ``export_graph``."""
         return {name: max(values[0], 2) for name, values in self.sizes.items()}
+
+    def empty_outputs(self, given: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Room for the outputs of a call with these inputs."""
+        sizes, specs = self.sizes_of(given), self.outputs.values()
+        return [torch.empty(s.sizes(sizes), dtype=s.dtype, device=device) for s in specs]
 
     def sizes_of(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """What the varying sizes are in a call with these inputs."""

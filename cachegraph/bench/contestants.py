@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 from cachegraph.backends import get_backend
 from cachegraph.compiler.compile import Build, assemble, build
-from cachegraph.compiler.cost import moved_bytes, token_sizes
-from cachegraph.graph.interface import Port
+from cachegraph.compiler.cost import (
+    known_bytes,
+    moved_bytes,
+    predict_peaks,
+    token_sizes,
+    working_bytes,
+)
+from cachegraph.graph.interface import Port, Role
 from cachegraph.model.trace import TracedModel
 from cachegraph.oracle.reference import ReferenceRunner
-from cachegraph.oracle.trial import calls, times
+from cachegraph.oracle.trial import Progress, calls, times
 from cachegraph.passes import OPTIONAL
 from cachegraph.plan.plan import Plan
 from cachegraph.runtime.known import StepFunction
@@ -26,10 +32,9 @@ from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.schedule import uncached
 
 from .choice import without_choice
-from .memory import compiled_memory, model_memory
-from .result import Entry, Memory
+from .memory import OWN_ALLOCATORS, Watched, allocated, nbytes
+from .result import Compared, Entry, Memory
 
-Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
 _POINTS = 3  # steps of a variant that are timed, where they differ in tokens
 
 
@@ -160,14 +165,45 @@ class _Compiled(Contestant):
 
     @torch.no_grad()
     def memory(self) -> Memory:
-        return compiled_memory(
-            self.built,
-            self.entry.backend,
-            self.runner,
-            self._at,
-            self._values,
-            self.points,
-            self.times,
+        built, cost, plan, runner = self.built, self.cost, self.plan, self.runner
+        device, at = runner.device, self._at
+        variants = [Watched(function) for function in runner.functions]
+        watched = Runner(runner.program, variants, built.weights)
+        known, clock = runner.known_values(), runner.tracking.input
+        if clock is not None:
+            known.expect(self.times, at(0)[clock])
+        known.begin(at(0))
+        work, before, tables = [0] * len(variants), [0] * plan.steps, [0] * plan.steps
+        for step, variant in enumerate(plan.variant_of):
+            compute, held = partial(known.at, step, at(step)), known.nbytes
+            if step == plan.variants[variant].steps[0]:
+                rise, row = allocated(device, compute)
+                before[step] = held + rise
+            else:
+                row = compute()
+            ports = runner.program.layout(step).interface.known
+            own = [t for t, port in zip(row, ports, strict=True) if port.role is Role.STEP]
+            tables[step] = known.nbytes + nbytes(own)
+            if step in self.points:
+                run = partial(watched.run_step, step, at(step), self._values(step), row)
+                work[variant] = max(work[variant], allocated(device, run)[0])
+        slots, kept = [0], dict[Made, Tensor]()
+        replayed = Runner(runner.program, [v.replay for v in variants], built.weights)
+        for step in range(plan.steps):
+            replayed.run_step(step, (), kept, ())
+            slots.append(nbytes(list(kept.values())))
+        lasting = nbytes(list(built.weights.values())) + nbytes(at(0))
+        peak = max(
+            lasting + slots[step] + max(tables[step] + work[variant], before[step])
+            for step, variant in enumerate(plan.variant_of)
+        )
+        expected = known_bytes(plan, built.graphs, cost.symbols, ahead=self.ahead)
+        peaks = predict_peaks(plan, built.graphs, cost, compiled=self.ahead)
+        return Memory(
+            weights=Compared(cost.weight_bytes, nbytes(list(built.weights.values()))),
+            slots=Compared(max(cost.cache_bytes), max(slots)),
+            known=Compared(max(expected), max(tables)),
+            peak=Compared(max(peaks), None if self.entry.backend in OWN_ALLOCATORS else peak),
         )
 
     def sampled(self) -> Callable[..., Any]:
@@ -196,8 +232,19 @@ class _Uncached(Contestant):
 
     @torch.no_grad()
     def memory(self) -> Memory:
-        flat = self.built.traced.signature.flatten(self.inputs.args, self.inputs.kwargs)
-        return model_memory(self.model, self.built, flat, partial(self.call, 0))
+        model, cost, signature = self.model, self.cost, self.built.traced.signature
+        flat = signature.flatten(self.inputs.args, self.inputs.kwargs)
+        weights = nbytes([*model.parameters(), *model.buffers()])
+        # Its code may hold values longer than it must.
+        work = working_bytes(self.built.traced.module, cost.symbols)[0]
+        given = sum(spec.nbytes(cost.symbols) for _, spec in signature.inputs)
+        rise = allocated(flat[0].device, partial(self.call, 0))[0]
+        return Memory(
+            weights=Compared(cost.weight_bytes, weights),
+            slots=Compared(0, 0),
+            known=Compared(0, 0),
+            peak=Compared(cost.weight_bytes + given + work, weights + nbytes(flat) + rise),
+        )
 
     def sampled(self) -> Callable[..., Any]:
         return self.model

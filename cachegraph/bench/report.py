@@ -139,12 +139,15 @@ def _baselines(found: Sequence[Measured]) -> tuple[Measured, Measured]:
 def _trajectories(found: Sequence[Measured]) -> RenderableType:
     compiled, eager = _baselines(found)
     whole = any(one.whole for one in found)
-    judged = ["PSNR dB", "right"] if any(one.quality for one in found) else []
     numbers = ["seconds", *(["run whole"] if whole else []), "vs compiled", "vs eager", "limit"]
-    numbers += judged
+    numbers += ["PSNR dB", "right"] if any(one.quality for one in found) else []
     table = plain_table("schedule", "by", *numbers, right=tuple(numbers))
     for one in found:
         seconds = one.trajectory.median
+        judged = []
+        if one.quality is not None:
+            psnr = "" if one.backend == "model" else f"{one.quality.psnr:.1f}"
+            judged = [psnr, f"{one.quality.accuracy:.0%}"]
         cells = [_spread(one.trajectory), *([_spread(one.whole)] if whole and one.whole else [])]
         table.add_row(
             one.name,
@@ -153,18 +156,9 @@ def _trajectories(found: Sequence[Measured]) -> RenderableType:
             f"{compiled.trajectory.median / seconds:.2f}x",
             f"{eager.trajectory.median / seconds:.2f}x",
             f"{one.limit:.2f}x" if one.name != UNCACHED else "",
-            *_judged(one),
+            *judged,
         )
     return table
-
-
-def _judged(one: Measured) -> tuple[str, ...]:
-    if one.quality is None:
-        return ()
-    return (
-        "" if one.backend == "model" else f"{one.quality.psnr:.1f}",
-        f"{one.quality.accuracy:.0%}",
-    )
 
 
 def _memory(found: Sequence[Measured]) -> RenderableType:

@@ -5,9 +5,6 @@ Source of the measure: Roblox/SmoothCache, ``calibration/calibration_helper.py``
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,16 +27,6 @@ from .result import (
 )
 
 _STEPS, _BOUND = 50, 0.1  # where nothing else is asked for
-
-__all__ = [
-    "Calibration",
-    "calibrate",
-    "goc_steps",
-    "load_sampler",
-    "run_calibrate",
-    "smoothcache_lists",
-    "smoothcache_schedule",
-]
 
 Sampler = Callable[[Callable[..., Any], int], object]
 """Samples one whole trajectory: ``sampler(model_fn, seed)``; ``model_fn`` is called as the model.
@@ -87,22 +74,16 @@ def load_sampler(text: str) -> Sampler:
     Raises:
         InputError: there is no such module or function.
     """
-    module_name, colon, name = text.partition(":")
-    if not (module_name and colon and name):
+    from cachegraph.compiler.sources import import_module
+
+    if not all(text.partition(":")):
         raise InputError("not a sampler", place=text, expected="module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            f"module {module_name!r} cannot be imported", place=text, found=str(error)
-        ) from error
+    module, name = import_module(text, InputError)
     found = getattr(module, name, None)
     if not callable(found):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise InputError(
-            f"module {module_name!r} has no function {name!r}",
+            f"module {module.__name__!r} has no function {name!r}",
             place=text,
             expected="a function of the model and a seed",
             remedy=nearest(name, known),
@@ -308,11 +289,8 @@ def _check_counts(steps: int, max_distance: int, trajectories: int) -> None:
                 f"{name} is too small", expected=f"at least {least}", found=str(number)
             )
     if max_distance >= steps:
-        raise InputError(
-            "max_distance is too large",
-            expected=f"less than {steps} steps",
-            found=str(max_distance),
-        )
+        what = "max_distance is too large"
+        raise InputError(what, expected=f"less than {steps} steps", found=str(max_distance))
 
 
 def _check_output(out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,9 @@ from cachegraph.errors import InputError
 from cachegraph.graph.step_graph import copy_module
 from cachegraph.model.site import Site
 from cachegraph.model.trace import TracedModel, trace
+from cachegraph.oracle.trial import Progress
 
 _Values = dict[tuple[int, ...], Tensor]  # sites whose values are alike -> their values in one
-Progress = Callable[[str, int, int], object]  # is told what is being done, how many of how many
 
 
 class SiteRecorder:

@@ -9,7 +9,6 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
@@ -42,13 +41,8 @@ class _Commands(TyperGroup):
                 for category in (DeprecationWarning, FutureWarning):  # torch's, about itself
                     warnings.simplefilter("ignore", category)
                 return super().invoke(ctx)
-        except (
-            typer.Exit,
-            typer.Abort,
-            typer.TyperException,
-            BrokenPipeError,
-        ):  # typer's to report
-            raise
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            raise  # typer reports it
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
@@ -112,81 +106,66 @@ def _options(
     """What goes before a command; ``debug`` is read where errors are reported."""
 
 
-_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
+# name, function, examples
+_COMMANDS: tuple[tuple[Any, ...], ...] = (
     (
         "compile",
         compile_model,
-        (
-            "cachegraph compile DiT-XL-2-256x256.pt --schedule fora-n3",
-            "cachegraph compile digits -s mine.yaml -o fast.cgraph --backend eager",
-            "cachegraph compile models:make_unet -s mine.yaml --input x=2,4,32,32:f32",
-        ),
+        "cachegraph compile DiT-XL-2-256x256.pt --schedule fora-n3",
+        "cachegraph compile digits -s mine.yaml -o fast.cgraph --backend eager",
+        "cachegraph compile models:make_unet -s mine.yaml --input x=2,4,32,32:f32",
     ),
     (
         "plan",
         show_plan,
-        (
-            "cachegraph plan DiT-XL/2 --schedule fora-n3",
-            "cachegraph plan DiT-XL/2 --schedule mine.yaml --input-size 64 --batch 8",
-            "cachegraph plan DiT-S/2 -s fora-n5 --json | jq .speed_up_limit",
-        ),
+        "cachegraph plan DiT-XL/2 --schedule fora-n3",
+        "cachegraph plan DiT-XL/2 --schedule mine.yaml --input-size 64 --batch 8",
+        "cachegraph plan DiT-S/2 -s fora-n5 --json | jq .speed_up_limit",
     ),
     (
         "inspect",
         inspect,
-        (
-            "cachegraph inspect digits-fora-n3.cgraph",
-            "cachegraph inspect digits-fora-n3.cgraph --diff variant0 variant1",
-            "cachegraph inspect DiT-S/2 -s fora-n3 --variant variant1 --dot graph.dot",
-        ),
+        "cachegraph inspect digits-fora-n3.cgraph",
+        "cachegraph inspect digits-fora-n3.cgraph --diff variant0 variant1",
+        "cachegraph inspect DiT-S/2 -s fora-n3 --variant variant1 --dot graph.dot",
     ),
     (
         "verify",
         verify,
-        (
-            "cachegraph verify DiT-XL-2-256x256-fora-n3.cgraph --model DiT-XL-2-256x256.pt",
-            "cachegraph verify digits-fora-n3.cgraph --model digits --calls 10",
-            "cachegraph verify digits-fora-n3.cgraph --integrity",
-        ),
+        "cachegraph verify DiT-XL-2-256x256-fora-n3.cgraph --model DiT-XL-2-256x256.pt",
+        "cachegraph verify digits-fora-n3.cgraph --model digits --calls 10",
+        "cachegraph verify digits-fora-n3.cgraph --integrity",
     ),
     (
         "export",
         export,
-        (
-            "cachegraph export digits-fora-n3.cgraph --to onnx -o digits-onnx",
-            "python tools/onnx_sampler.py digits-onnx digits.npy",
-        ),
+        "cachegraph export digits-fora-n3.cgraph --to onnx -o digits-onnx",
+        "python tools/onnx_sampler.py digits-onnx digits.npy",
     ),
     (
         "sample",
         sample,
-        (
-            "cachegraph sample digits --schedule fora-n3 -o digits.png",
-            "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
-        ),
+        "cachegraph sample digits --schedule fora-n3 -o digits.png",
+        "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
     ),
     (
         "bench",
         bench,
-        (
-            "cachegraph bench DiT-XL/2 -s toca-n3 -s fora-n3 --threads 2 --choice",
-            "cachegraph bench digits -s fora-n3 --backend eager --backend inductor --hooks",
-        ),
+        "cachegraph bench DiT-XL/2 -s toca-n3 -s fora-n3 --threads 2 --choice",
+        "cachegraph bench digits -s fora-n3 --backend eager --backend inductor --hooks",
     ),
     (
         "calibrate",
         calibrate,
-        (
-            "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
-            "cachegraph calibrate digits --schedule fora-n3 --goc 0.5 -o corrected.yaml",
-            "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
-        ),
+        "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
+        "cachegraph calibrate digits --schedule fora-n3 --goc 0.5 -o corrected.yaml",
+        "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
     ),
     (
         "import-router",
         import_router_file,
-        ("cachegraph import-router DDIM20_router.pt -o mask.yaml --threshold 0.1",),
+        "cachegraph import-router DDIM20_router.pt -o mask.yaml --threshold 0.1",
     ),
 )
-for _name, _command, _lines in _COMMANDS:
+for _name, _command, *_lines in _COMMANDS:
     app.command(_name, epilog=examples(*_lines))(_command)

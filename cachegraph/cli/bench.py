@@ -10,11 +10,11 @@ import typer
 
 from cachegraph.errors import InputError
 
-from .options import ArchOption, InputOption, SizeOption
+from .options import ArchOption, InputOption, SizeOption, argument, schedule_option
 from .output import progress, show
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from cachegraph.bench.bench import Judge
     from cachegraph.bench.result import Entry
@@ -23,21 +23,11 @@ if TYPE_CHECKING:
 
 _Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="A model as for compile, or an architecture such as DiT-XL/2 (random weights).",
+    argument(
+        "MODEL", "A model as for compile, or an architecture such as DiT-XL/2 (random weights)."
     ),
 ]
-_Schedules = Annotated[
-    list[str],
-    typer.Option(
-        *("--schedule", "-s"),
-        metavar="SCHEDULE",
-        show_default=False,
-        help="A YAML file or preset; once for each.",
-    ),
-]
+_Schedules = Annotated[list[str], schedule_option("A YAML file or preset; once for each.")]
 _Backends = Annotated[
     list[str], typer.Option("--backend", help="What runs the graphs; once for each.")
 ]
@@ -52,8 +42,7 @@ _Hooks = Annotated[
     typer.Option("--hooks", help="Also run each schedule by Python hooks, as published codes."),
 ]
 _Choice = Annotated[
-    bool,
-    typer.Option("--choice", help="Also time partial steps without their choice of tokens."),
+    bool, typer.Option("--choice", help="Also time partial steps without their choice of tokens.")
 ]
 _Whole = Annotated[
     bool, typer.Option("--whole", help="Also time whole trajectories, not only kinds of steps.")
@@ -183,13 +172,15 @@ def _entries(
     return entries
 
 
-def _inputs(source: Source, batch: int | None, given: bool) -> tuple[tuple, dict]:
+def _inputs(
+    source: Source, batch: int | None, given: bool
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments of a call, of the batch that was asked for."""
-    own = getattr(source.model, "example_inputs", None)
+    from cachegraph.compiler.compile import example_inputs
+
     if batch is None:
-        if source.args is None and source.kwargs is None and own is not None:
-            return own()
-        return tuple(source.args or ()), dict(source.kwargs or {})
+        return example_inputs(source.model, source.args, source.kwargs)
+    own = getattr(source.model, "example_inputs", None)
     if given or own is None:
         raise InputError(
             "--batch: the inputs of this model come with their batch",

@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import ArchOption, ModelArgument
+from .options import ArchOption, ModelArgument, argument, schedule_option
 from .output import progress, show
 
 _Out = Annotated[
-    Path,
-    typer.Option("--out", "-o", metavar="FILE.yaml", show_default=False, help="A schedule."),
+    Path, typer.Option("--out", "-o", metavar="FILE.yaml", show_default=False, help="A schedule.")
 ]
 _Steps = Annotated[
     int | None,
@@ -31,10 +30,8 @@ _Sampler = Annotated[
 ]
 _Host = Annotated[
     str | None,
-    typer.Option(
-        *("--schedule", "-s"),
-        metavar="SCHEDULE",
-        help="A file or preset to correct with --goc, instead of writing SmoothCache lists.",
+    schedule_option(
+        "A file or preset to correct with --goc, instead of writing SmoothCache lists."
     ),
 ]
 _Goc = Annotated[
@@ -80,9 +77,7 @@ def calibrate(
 
 
 def import_router_file(
-    router: Annotated[
-        Path, typer.Argument(metavar="ROUTER.pt", show_default=False, help="A checkpoint.")
-    ],
+    router: Annotated[Path, argument("ROUTER.pt", "A checkpoint.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="MASK.yaml", show_default=False, help="A mask.")
     ],

@@ -20,6 +20,7 @@ from .options import (
     ScheduleOption,
     SeedOption,
     VaryingOption,
+    argument,
 )
 from .output import Say, progress, show
 
@@ -125,9 +126,7 @@ def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
 
 
 def verify(
-    artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="What compile wrote.")
-    ],
+    artifact: Annotated[Path, argument("ARTIFACT", "What compile wrote.")],
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", show_default=False, help="The model that it was made from."),

@@ -9,15 +9,14 @@ import typer
 
 from cachegraph.errors import InputError, nearest
 
+from .options import argument
 from .output import progress, show
 
 _FORMATS = ("onnx",)
 
 
 def export(
-    artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="What compile wrote.")
-    ],
+    artifact: Annotated[Path, argument("ARTIFACT", "What compile wrote.")],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="FOLDER", show_default=False, help="Where to write."),
@@ -30,11 +29,8 @@ def export(
     from cachegraph.show.picture import size
 
     if to not in _FORMATS:
-        raise InputError(
-            f"--to: unknown format {to!r}",
-            expected=", ".join(_FORMATS),
-            remedy=nearest(to, _FORMATS),
-        )
+        what = f"--to: unknown format {to!r}"
+        raise InputError(what, expected=", ".join(_FORMATS), remedy=nearest(to, _FORMATS))
     with progress() as say:
         say("reading the artifact")
         export_onnx(load_artifact(artifact), out, say)

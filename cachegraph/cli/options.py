@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+
+def argument(metavar: str, text: str) -> Any:
+    """An argument that must be given."""
+    return typer.Argument(metavar=metavar, show_default=False, help=text)
+
+
+def schedule_option(text: str) -> Any:
+    """The option that names a schedule, or several."""
+    return typer.Option("--schedule", "-s", metavar="SCHEDULE", show_default=False, help=text)
+
+
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="Weights of a known architecture (.pt, .pth, .safetensors), a torch.export program "
+    argument(
+        "MODEL",
+        "Weights of a known architecture (.pt, .pth, .safetensors), a torch.export program "
         "(.pt2), a diffusers model folder, module:factory, or the shipped model digits. Programs "
         "and factories run code: open only those that you trust.",
     ),
 ]
 ShapesArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="An architecture such as DiT-XL/2, or a model as for compile. No weights are needed.",
+    argument(
+        "MODEL",
+        "An architecture such as DiT-XL/2, or a model as for compile. No weights are needed.",
     ),
 ]
-ScheduleOption = Annotated[
-    str,
-    typer.Option(
-        *("--schedule", "-s"),
-        metavar="SCHEDULE",
-        show_default=False,
-        help="A YAML file, or a preset such as fora-n3.",
-    ),
-]
+ScheduleOption = Annotated[str, schedule_option("A YAML file, or a preset such as fora-n3.")]
 MaybeSchedule = Annotated[
     str | None,
-    typer.Option(
-        *("--schedule", "-s"),
-        metavar="SCHEDULE",
-        help="A YAML file, or a preset such as fora-n3. An artifact has its own.",
-    ),
+    schedule_option("A YAML file, or a preset such as fora-n3. An artifact has its own."),
 ]
 ArchOption = Annotated[
     str | None,
@@ -93,12 +90,7 @@ SizeOption = Annotated[
     ),
 ]
 WhatArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="WHAT",
-        show_default=False,
-        help="An artifact, an ONNX file or a folder of some, or a model.",
-    ),
+    str, argument("WHAT", "An artifact, an ONNX file or a folder of some, or a model.")
 ]
 VariantOption = Annotated[
     str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,8 +30,54 @@ from .output import is_artifact, progress, room, show
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cachegraph.compiler.sources import Source
     from cachegraph.model.trace import TracedModel
     from cachegraph.show.view import View
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A model to look at, as the command line has it; its shapes are enough."""
+
+    model: str
+    arch: str | None
+    inputs: Sequence[str]
+    input_size: int | None
+    disable: Sequence[str]
+
+    def open(self) -> Source:
+        """The model, perhaps without weights."""
+        from cachegraph.compiler.sources import open_model
+
+        arch, inputs, size = self.arch, self.inputs, self.input_size
+        return open_model(self.model, arch=arch, inputs=inputs, input_size=size, shapes_only=True)
+
+    def trace(self) -> tuple[TracedModel, str]:
+        """The model's trace, and its name."""
+        from cachegraph.compiler.compile import example_inputs
+        from cachegraph.model.trace import trace
+
+        with progress() as say:
+            say("tracing the model")
+            source = self.open()
+            example = example_inputs(source.model, source.args, source.kwargs)
+            return trace(source.model, *example), source.name
+
+    def build(self, schedule: str, batch: int | None = None) -> tuple[View, str, str]:
+        """Plan and graphs, the model's name, and a heading."""
+        from cachegraph.compiler.compile import build
+        from cachegraph.schedule.schedule import load_schedule
+        from cachegraph.show.view import choices, view_build
+
+        asked = load_schedule(schedule)
+        with progress() as say:
+            say("loading the model")
+            source = self.open()
+            example, disable = (source.args, source.kwargs), self.disable
+            built = build(source.model, asked, *example, disable=disable, progress=say)
+            say("counting")
+            heading = f"{source.name}, {Path(schedule).stem}{choices((), disable)}"
+            return view_build(built, batch), source.name, heading
 
 
 def show_plan(
@@ -54,45 +101,36 @@ def show_plan(
 ) -> None:
     """Show what would be computed at every step, and what that costs."""
     from cachegraph.show.picture import overview
-    from cachegraph.show.view import choices, plan_data
+    from cachegraph.show.view import plan_data
 
+    request = _Request(model, arch, inputs or (), input_size, disable or ())
     if counter == "toca":
-        _show_toca(model, schedule, arch, inputs, input_size, batch, as_json)
+        _show_toca(request, schedule, batch, as_json)
         return
-    view, name = _build(model, schedule, arch, inputs, input_size, batch, disable)
+    view, name, heading = request.build(schedule, batch)
     if as_json:
         typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
         return
-    heading = f"{name}, {Path(schedule).stem}{choices((), disable or ())}"
     show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
 
 
-def _show_toca(
-    model: str,
-    schedule: str,
-    arch: str | None,
-    inputs: list[str] | None,
-    input_size: int | None,
-    batch: int | None,
-    as_json: bool,
-) -> None:
+def _show_toca(request: _Request, schedule: str, batch: int | None, as_json: bool) -> None:
     """FLOPs as the published code counts them; no graph is rewritten for that."""
     from cachegraph.compiler.counters import count_toca
     from cachegraph.schedule.rows import plan_of
-    from cachegraph.schedule.schedule import load_schedule
-    from cachegraph.schedule.schedule import uncached as uncached_schedule
+    from cachegraph.schedule.schedule import load_schedule, uncached
 
-    asked, full = load_schedule(schedule), uncached_schedule(1)
-    traced, name = _traced(model, arch, inputs, input_size)
+    asked = load_schedule(schedule)
+    traced, name = request.trace()
     flops = count_toca(plan_of(asked, traced), traced, batch)
-    uncached = len(flops) * count_toca(plan_of(full, traced), traced, batch)[0]
+    full = len(flops) * count_toca(plan_of(uncached(1), traced), traced, batch)[0]
     total = sum(flops)
     if as_json:
-        data = {"counter": "toca", "flops": flops, "total_flops": total, "uncached_flops": uncached}
+        data = {"counter": "toca", "flops": flops, "total_flops": total, "uncached_flops": full}
         typer.echo(json.dumps(data, indent=1))
         return
     show(f"{name}, {Path(schedule).stem}: FLOPs as the published code of ToCa counts them")
-    show(f"{_teras(total)} of {_teras(uncached)} uncached, {uncached / total:.2f}x")
+    show(f"{_teras(total)} of {_teras(full)} uncached, {full / total:.2f}x")
 
 
 def _teras(count: int) -> str:
@@ -120,7 +158,7 @@ def inspect(
 ) -> None:
     """Look at an artifact, ONNX files, or what a model would become: plan, graphs, differences."""
     from cachegraph.show.onnx_files import onnx_files, onnx_report
-    from cachegraph.show.view import choices, sites_table
+    from cachegraph.show.view import sites_table
 
     asked = (bool(diff), sites, bool(variant or dot), bool(tokens))
     if sum(asked) > 1:
@@ -141,15 +179,14 @@ def inspect(
             raise InputError("ONNX files take no options", place=what)
         show(*onnx_report(files))
         return
+    request = _Request(what, arch, inputs or (), input_size, disable or ())
     if is_artifact(what):
         view, heading = _read(what, for_models)
     elif schedule is None and sites and not disable:
-        show(sites_table(_traced(what, arch, inputs, input_size)[0].sites))
+        show(sites_table(request.trace()[0].sites))
         return
     else:
-        given = _needed(schedule, what)
-        view, name = _build(what, given, arch, inputs, input_size, None, disable)
-        heading = f"{name}, {Path(given).stem}{choices((), disable or ())}"
+        view, _, heading = request.build(_needed(schedule, what))
     _show_parts(view, heading, variant, diff, dot, sites)
 
 
@@ -161,10 +198,11 @@ def _show_parts(
     dot: Path | None,
     sites: bool,
 ) -> None:
-    """What was asked for; else an overview."""
+    """What was asked for; else an overview, and what each pass did where that is known."""
     from cachegraph.graph.text import difference
     from cachegraph.graph.text import dot as graph_dot
-    from cachegraph.show.view import sites_table
+    from cachegraph.show.picture import overview
+    from cachegraph.show.view import passes_table, sites_table
 
     if sites:
         show(sites_table(view.plan.sites))
@@ -179,7 +217,9 @@ def _show_parts(
     elif variant:
         typer.echo(view.texts[view.variant(variant)], nl=False)
     else:
-        _show_overview(view, heading)
+        show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+        if view.reports:
+            show("", passes_table(view.reports))
 
 
 def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[str]) -> None:
@@ -201,16 +241,6 @@ def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[s
     show(f"{path}: a panel a step; orange: recomputed tokens, green frame: everything is computed")
 
 
-def _show_overview(view: View, heading: str) -> None:
-    """Picture, variants and cost, and what each pass did where that is known."""
-    from cachegraph.show.picture import overview
-    from cachegraph.show.view import passes_table
-
-    show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
-    if view.reports:
-        show("", passes_table(view.reports))
-
-
 def _needed(schedule: str | None, model: str) -> str:
     """The schedule; where there is none, says what is missing."""
     from cachegraph.compiler.sources import check_model_file
@@ -218,11 +248,8 @@ def _needed(schedule: str | None, model: str) -> str:
     if schedule is not None:
         return schedule
     check_model_file(model)
-    raise InputError(
-        "a model needs --schedule, or give an artifact",
-        place=model,
-        remedy="only --sites does without",
-    )
+    what = "a model needs --schedule, or give an artifact"
+    raise InputError(what, place=model, remedy="only --sites does without")
 
 
 def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
@@ -241,47 +268,3 @@ def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
         artifact = load_artifact(path)
     chosen = choices(artifact.program.varying, artifact.program.disabled)
     return view_artifact(artifact), f"{Path(path).name}, backend {artifact.backend}{chosen}"
-
-
-def _traced(
-    model: str, arch: str | None, inputs: list[str] | None, input_size: int | None
-) -> tuple[TracedModel, str]:
-    """A model's trace from shapes alone, and its name."""
-    from cachegraph.compiler.compile import example_inputs
-    from cachegraph.compiler.sources import open_model
-    from cachegraph.model.trace import trace
-
-    with progress() as say:
-        say("tracing the model")
-        source = open_model(
-            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
-        )
-        example = example_inputs(source.model, source.args, source.kwargs)
-        return trace(source.model, *example), source.name
-
-
-def _build(
-    model: str,
-    schedule: str,
-    arch: str | None,
-    inputs: list[str] | None,
-    input_size: int | None,
-    batch: int | None,
-    disable: list[str] | None,
-) -> tuple[View, str]:
-    """Plan and graphs from shapes alone, and the model's name."""
-    from cachegraph.compiler.compile import build
-    from cachegraph.compiler.sources import open_model
-    from cachegraph.schedule.schedule import load_schedule
-    from cachegraph.show.view import view_build
-
-    asked = load_schedule(schedule)
-    with progress() as say:
-        say("loading the model")
-        source = open_model(
-            model, arch=arch, inputs=inputs or (), shapes_only=True, input_size=input_size
-        )
-        args, kwargs = source.args, source.kwargs
-        built = build(source.model, asked, args, kwargs, disable=disable or (), progress=say)
-        say("counting")
-        return view_build(built, batch), source.name

@@ -9,7 +9,7 @@ import typer
 
 from cachegraph.errors import InputError
 
-from .options import MaybeSchedule, SeedOption
+from .options import MaybeSchedule, SeedOption, argument
 from .output import Say, is_artifact, progress, show
 
 if TYPE_CHECKING:
@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 def sample(
     what: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_ARTIFACT",
-            show_default=False,
-            help="The shipped model digits, or an artifact made from it.",
-        ),
+        str, argument("MODEL_OR_ARTIFACT", "The shipped model digits, or an artifact made from it.")
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE.png", show_default=False, help="A PNG.")

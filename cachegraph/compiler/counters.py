@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cachegraph.errors import PlanError
 from cachegraph.model.site import Site, SiteKind, blocks_of, describe
 from cachegraph.model.trace import TracedModel
-from cachegraph.plan.action import Action, Compute, Refresh, Row
+from cachegraph.plan.action import Compute, Refresh, Row
 from cachegraph.plan.plan import Plan
 
 
@@ -92,19 +92,12 @@ class _Block:
     def flops(self, row: Row) -> int:
         """FLOPs of the block in one step."""
         b, n, c, h = self.batch, self.tokens, self.channels, self.heads
-        k = self._fresh(row[self.mlp])
+        action = row[self.mlp]
+        k = action.tokens if isinstance(action, Refresh) else n * isinstance(action, Compute)
         attention = 8 * b * n * c**2 + b * n * c + 4 * b * n**2 * c + 5 * b * h * n**2
         modulation, norms = b * c + 6 * b * c**2, 2 * b * n * c
         mlp = 16 * b * k * c**2 + 24 * b * k * c
         return mlp + modulation + norms + attention * isinstance(row[self.attn], Compute)
-
-    def _fresh(self, action: Action) -> int:
-        match action:
-            case Compute():
-                return self.tokens
-            case Refresh(tokens=tokens):
-                return tokens
-        return 0
 
 
 def _sizes(site: Site) -> tuple[int, int]:

@@ -10,13 +10,7 @@ from torch import fx
 
 from cachegraph.graph.binding import Binding
 from cachegraph.graph.interface import Interface, Port, Role
-from cachegraph.graph.step_graph import (
-    CONSTANT,
-    KNOWN,
-    SLOT,
-    StepGraph,
-    merge_prologues,
-)
+from cachegraph.graph.step_graph import CONSTANT, KNOWN, SLOT, StepGraph, merge_prologues
 from cachegraph.model.trace import TracedModel
 from cachegraph.plan.action import Refresh, sources
 from cachegraph.plan.cost import PlanCost
@@ -35,11 +29,7 @@ _ROLES = {Binding.REQUEST: Role.REQUEST, Binding.STEP: Role.STEP}
 
 
 def make_program(
-    traced: TracedModel,
-    schedule: Schedule,
-    plan: Plan,
-    graphs: Sequence[StepGraph],
-    cost: PlanCost,
+    traced: TracedModel, schedule: Schedule, plan: Plan, graphs: Sequence[StepGraph], cost: PlanCost
 ) -> Program:
     """Resolve every step's inputs and outputs.
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from cachegraph.errors import ModelError, nearest
+from cachegraph.errors import InputError, ModelError, nearest
 from cachegraph.model.inputs import complete, parse_inputs
 from cachegraph.zoo import build_model, load_model
 from cachegraph.zoo.checkpoint import SUFFIXES
@@ -138,11 +139,8 @@ def _open(
         if shapes_only or random_weights:
             device = "meta" if shapes_only else "cpu"
             return Source(build_model(text, input_size or 32, device=device), None, None, text)
-        raise ModelError(
-            f"{text!r} is an architecture, without weights",
-            expected=FORMS,
-            remedy="only plan, inspect and bench do without",
-        )
+        what = f"{text!r} is an architecture, without weights"
+        raise ModelError(what, expected=FORMS, remedy="only plan, inspect and bench do without")
     if ":" in text:
         return _from_factory(text)
     check_model_file(text)
@@ -199,22 +197,30 @@ def _name_arguments(model: nn.Module, flat: nn.Module, kwargs: Mapping[str, Any]
     vars(model)["forward"] = forward
 
 
-def _from_factory(text: str) -> Source:
-    """What ``module:factory`` returns: a module, or it with args, or with args and kwargs."""
-    module_name, _, name = text.partition(":")
+def import_module(text: str, refusal: type[InputError]) -> tuple[ModuleType, str]:
+    """The module of ``module:name``, also one in the current folder, and the name.
+
+    Raises:
+        InputError: there is no such module; of the type ``refusal``.
+    """
+    module, _, name = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module_name)
+        return importlib.import_module(module), name
     except ImportError as error:
-        raise ModelError(
-            f"module {module_name!r} cannot be imported", place=text, found=str(error)
-        ) from error
-    factory = getattr(found, name, None)
+        what = f"module {module!r} cannot be imported"
+        raise refusal(what, place=text, found=str(error)) from error
+
+
+def _from_factory(text: str) -> Source:
+    """What ``module:factory`` returns: a module, or it with args, or with args and kwargs."""
+    module, name = import_module(text, ModelError)
+    factory = getattr(module, name, None)
     if factory is None:
-        known = [n for n in vars(found) if not n.startswith("_")]
+        known = [n for n in vars(module) if not n.startswith("_")]
         raise ModelError(
-            f"module {module_name!r} has no {name!r}", place=text, remedy=nearest(name, known)
+            f"module {module.__name__!r} has no {name!r}", place=text, remedy=nearest(name, known)
         )
     made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     parts = made if isinstance(made, tuple) else (made,)
@@ -285,11 +291,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             found=str(error),
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-        raise ModelError(
-            "the config names no model class",
-            place=str(folder / "config.json"),
-            expected="the key _class_name",
-        )
+        what = "the config names no model class"
+        raise ModelError(what, place=str(folder / "config.json"), expected="the key _class_name")
     return config
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from cachegraph.errors import ScheduleError, nearest
+from cachegraph.errors import CachegraphError, ScheduleError, nearest
 
 from .yaml_lines import KeyPath, Source, dotted
+
+E = TypeVar("E", bound=CachegraphError)
 
 MAX_SHOWN = 10  # problems in one message
 
@@ -57,6 +59,11 @@ class Problem:
     expected: str = ""
     found: str = ""
     remedy: str = ""
+
+    def error(self, kind: type[E], place: str) -> E:
+        """The problem as an error of some kind."""
+        parts = {"expected": self.expected, "found": self.found, "remedy": self.remedy}
+        return kind(self.what, place=place, **parts)
 
 
 def one_of(words: Iterable[str]) -> str:
@@ -121,16 +128,7 @@ def to_schedule_error(
     details = _without_consequences(error.errors(include_url=False))
     problems = [_translate(one, _locate(one["loc"], model)) for one in details]
     problems.sort(key=lambda problem: source.line(problem.path))  # stable
-    errors = [
-        ScheduleError(
-            problem.what,
-            place=source.where(problem.path),
-            expected=problem.expected,
-            found=problem.found,
-            remedy=problem.remedy,
-        )
-        for problem in problems
-    ]
+    errors = [one.error(ScheduleError, source.where(one.path)) for one in problems]
     if len(errors) == 1:
         return errors[0]
     lines = [str(one) for one in errors[:MAX_SHOWN]]

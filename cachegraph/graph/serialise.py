@@ -38,12 +38,7 @@ _FORBIDDEN = {
 }
 # Keys of a ModuleDict need not be identifiers; rows of a weight have a name that says which.
 _WEIGHT_NAME = re.compile(r"(?!__)[\w -]+(\[\d+:\d+\])?")
-_MODULES = {
-    "_operator": operator,
-    "operator": operator,
-    "math": math,
-    "torch": torch,
-}
+_MODULES = {"_operator": operator, "operator": operator, "math": math, "torch": torch}
 _FUNCTIONS = {  # beside aten: what export leaves for arithmetic on symbolic sizes
     "operator": {
         *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow"),

@@ -99,6 +99,7 @@ class Chooser:
     def extras(self) -> list[Extra]:
         """What computed sites hand out for later choices; at the end of the graph."""
         found: list[Extra] = []
+        values = {site.name: node for site, at, node in self.step.value_nodes() if at == 0}
         ordered = []
         for site, action, parts in zip(
             self.step.sites, self.step.variant.row, self.step.variant.extras, strict=True
@@ -106,7 +107,7 @@ class Chooser:
             if ORDER in parts:
                 ordered.append(site)
             if isinstance(action, Compute) and AGE in parts:
-                found.append((site, AGE, self.call(site, ops.no_age, self._value(site))))
+                found.append((site, AGE, self.call(site, ops.no_age, values[site.name])))
             if isinstance(action, Compute) and SCORE in parts:
                 found.append((site, SCORE, self.entropies[site.name]))
         return [*self._orders(ordered), *found]
@@ -141,9 +142,6 @@ class Chooser:
                 remedy="use a score that needs no attention: norm, similarity or random",
             )
         return core
-
-    def _value(self, site: Site) -> fx.Node:
-        return next(node for s, _, node in self.step.value_nodes() if s is site)
 
     def _tokens(self, site: Site) -> fx.Node:
         return self.constants[ConstantKind.TOKENS, site.name]

@@ -39,21 +39,14 @@ def interval(policy: TokenKeys, at: int, steps: int) -> int:
         at: number of the full step, as the rules count.
         steps: of the trajectory.
     """
-    weight = _interval_weight(policy)
+    weight = 0.4 if policy.rules == "dit" else policy.pixart_interval_weight
+    weight = weight if policy.fresh_ratio else 0.0  # "FORA"
     factor = torch.tensor(_falling(weight, at, steps), dtype=torch.float32)
     rounded = int(torch.round(policy.interval / factor))  # half to even
     sensitive = range(int(steps * 0.2), int(steps * 0.4))
     if policy.rules == "dit" and policy.fresh_ratio != 0 and at in sensitive:
         return 2
     return rounded
-
-
-def _interval_weight(policy: TokenKeys) -> float:
-    if policy.fresh_ratio == 0:
-        return 0.0  # "FORA"
-    if policy.rules == "dit":
-        return 0.4
-    return policy.pixart_interval_weight
 
 
 def ratio(policy: TokenKeys, kind: SiteKind, at: int, steps: int, block: int, blocks: int) -> float:

@@ -7,9 +7,7 @@ Sources: horseee/learning-to-cache, ``DiT/models/router_models.py:161-170``,
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +17,12 @@ from typing import Any
 import torch
 
 from cachegraph.config.yaml_lines import Source, dotted, read_yaml
-from cachegraph.errors import InputError, nearest
+from cachegraph.errors import InputError, ModelError, nearest
+from cachegraph.zoo.checkpoint import read_pickle
 
 _KEY = re.compile(r"(\d+)\.prob")
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 _ROW = "such as {attn: '0110', mlp: '1011'}, a digit a block"
-
-# What torch.load has been seen to raise for files with a few changed bytes; it promises none.
-_DAMAGED = (
-    *(pickle.UnpicklingError, EOFError, OSError, AssertionError, AttributeError),
-    *(LookupError, RuntimeError, TypeError, ValueError),
-)
 
 
 @dataclass(frozen=True)
@@ -175,17 +168,13 @@ def _read_checkpoint(path: Path) -> list[torch.Tensor]:
     if not path.is_file():
         raise InputError("there is no such file", place=str(path))
     try:
-        # Published routers were saved with the command line's Namespace beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        first = str(error).partition("\n")[0]
+        content = read_pickle(path)
+    except ModelError as error:
         raise InputError(
             "the router cannot be read",
             place=str(path),
             expected="a checkpoint with tensors only",
-            found=f"the class {foreign[1]}" if foreign else f"{type(error).__name__}: {first}",
+            found=error.found,
         ) from error
     table = content.get("routers", content) if isinstance(content, Mapping) else {}
     found: dict[int, torch.Tensor] = {}
@@ -268,10 +257,6 @@ def _parse_row(row: Any, kind: str, place: str) -> tuple[bool, ...]:
     text = row.get(kind) if isinstance(row, Mapping) else None
     digits = "".join(map(str, text)) if isinstance(text, list | tuple) else text
     if not isinstance(digits, str) or not digits or set(digits) - {"0", "1"}:
-        raise InputError(
-            f"the row has no list of 0 and 1 for {kind!r}",
-            place=place,
-            expected=_ROW,
-            found=repr(row)[:60],
-        )
+        what = f"the row has no list of 0 and 1 for {kind!r}"
+        raise InputError(what, place=place, expected=_ROW, found=repr(row)[:60])
     return tuple(digit == "1" for digit in digits)

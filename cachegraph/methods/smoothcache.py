@@ -136,13 +136,6 @@ def _read(path: Path, steps: int) -> Mapping[str, Sequence[int]]:
             expected="an object of lists of 0 and 1, such as {'attn': [1, 0, ...]}",
         )
     for problem in list_problems(lists, steps):
-        raise PlanError(
-            problem.what,
-            place=str(path),
-            expected=problem.expected,
-            found=problem.found,
-            remedy=problem.remedy and f"{problem.remedy} in the schedule"
-            if problem.remedy.startswith("set ")
-            else problem.remedy,
-        )
+        where = " in the schedule" if problem.remedy.startswith("set ") else ""
+        raise replace(problem, remedy=problem.remedy + where).error(PlanError, str(path))
     return lists

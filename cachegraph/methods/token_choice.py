@@ -29,13 +29,13 @@ def choose(keys: TokenKeys, sites: Ruled) -> Selection:
         PlanError: the score is not to be had, or the tokens form no grid of whole cells.
     """
     score = Score(keys.score)
-    needed = _NEEDED.get(score)
-    if needed is not None and all(site.kind != needed for site in sites.model):
+    kinds = {None, *(site.kind for site in sites.model)}
+    if _NEEDED.get(score) not in kinds:
         raise PlanError(
-            f"no score {keys.score!r}: the model has no {needed} site",
+            f"no score {keys.score!r}: the model has no {_NEEDED[score]} site",
             place=keys.where("score"),
             expected=f"a score that the model can give ({describe(sites.model)})",
-            remedy="choose another: " + ", ".join(s for s in Score if _available(s, sites)),
+            remedy="choose another: " + ", ".join(s for s in Score if _NEEDED.get(s) in kinds),
         )
     counts = {site.name: _tokens(keys, site) for site in refreshed(keys, sites)}
     if len(set(counts.values())) != 1:
@@ -62,10 +62,6 @@ def choose(keys: TokenKeys, sites: Ruled) -> Selection:
 def refreshed(keys: TokenKeys, sites: Ruled) -> list[Site]:
     """The ruled sites of the kinds that partial steps recompute tokens of."""
     return [site for site in sites if site.kind in _REFRESHED[keys.rules]]
-
-
-def _available(score: Score, sites: Ruled) -> bool:
-    return score not in _NEEDED or any(site.kind == _NEEDED[score] for site in sites.model)
 
 
 def _tokens(keys: TokenKeys, site: Site) -> int:

@@ -72,8 +72,7 @@ class TokenKeys(Method):
     bonus: Bonus = Field(default=Bonus(), description="a mapping with any of weight, cell")
     rules: Literal["dit", "pixart"] = Field(default="dit", description="one of dit, pixart")
     quirks: bool = Field(
-        default=True,
-        description="true or false: whether the code's steps of mixed types are kept",
+        default=True, description="true or false: whether the code's steps of mixed types are kept"
     )
     grid: tuple[int, ...] | None = Field(default=None, description=_GRID)
     seed: int | None = Field(

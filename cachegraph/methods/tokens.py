@@ -20,7 +20,7 @@ from cachegraph.plan.action import Action, Compute, Refresh, Reuse, Row
 from cachegraph.plan.selection import Selection
 
 from . import ratios
-from .method import Ruled
+from .method import Ruled, resolve
 from .token_choice import choose, refreshed
 from .token_keys import TokenKeys
 
@@ -159,12 +159,4 @@ class TokenMethod(TokenKeys):
 
 def _stack_column(types: Sequence[StepType]) -> list[Action]:
     """What the steps do with all blocks together, by what they do in the last block."""
-    newest = 0
-    actions: list[Action] = []
-    for step, kind in enumerate(types):
-        if kind is StepType.SKIP:
-            actions.append(Reuse(newest))
-        else:
-            actions.append(Compute())
-            newest = step
-    return actions
+    return [action for (action,) in resolve([[kind is not StepType.SKIP] for kind in types])]

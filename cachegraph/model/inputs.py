@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cachegraph.errors import InputError, ModelError, nearest
-from cachegraph.spec import TensorSpec, short_dtype
+from cachegraph.spec import DTYPES, TensorSpec
 
 from .signature import TIMESTEP_NAMES, call_arguments
 
 FORM = "NAME=SHAPE:DTYPE, such as x=2,4,32,32:f32"
 
 _NAMED = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
-_SHORT = {
-    short_dtype(dtype): dtype for dtype in _NAMED.values() if short_dtype(dtype) not in _NAMED
-}
+_SHORT = {name: dtype for name, dtype in DTYPES.items() if name not in _NAMED}
 _DTYPES = _SHORT | {name: dtype for name, dtype in _NAMED.items() if dtype in _SHORT.values()}
 _TIME = 500  # of a batch whose timestep nobody said: amid the usual 1000
 

@@ -93,7 +93,7 @@ class CallSignature:
 
     def unflatten(self, outputs: Sequence[Tensor], return_dict: bool | None = None) -> Any:
         """The model's return value from the graph's outputs."""
-        result = _build(self.result, outputs)
+        result = fill(self.result, outputs)
         if return_dict is False and isinstance(result, Output):
             return result.to_tuple()
         return result
@@ -143,11 +143,8 @@ def call_arguments(
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TraceError(
-            f"the example inputs do not fit {type(model).__name__}.forward",
-            expected=str(signature),
-            found=str(error),
-        ) from error
+        what = f"the example inputs do not fit {type(model).__name__}.forward"
+        raise TraceError(what, expected=str(signature), found=str(error)) from error
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
@@ -305,16 +302,17 @@ def _result_node(value: Any, leaves: Sequence[Tree]) -> Tree:
     )
 
 
-def _build(tree: Tree, outputs: Sequence[Tensor]) -> Any:
+def fill(tree: Tree, outputs: Sequence[Tensor]) -> Any:
+    """What a tree stands for, with these tensors in their places."""
     match tree:
         case {"tensor": index}:
             return outputs[index]
         case {"object": children}:
-            return Output((k, _build(v, outputs)) for k, v in children.items())
+            return Output((k, fill(v, outputs)) for k, v in children.items())
         case {"dict": children}:
-            return {k: _build(v, outputs) for k, v in children.items()}
+            return {k: fill(v, outputs) for k, v in children.items()}
         case {"list": children}:
-            return [_build(v, outputs) for v in children]
+            return [fill(v, outputs) for v in children]
         case {"tuple": children}:
-            return tuple(_build(v, outputs) for v in children)
+            return tuple(fill(v, outputs) for v in children)
     return tree["const"]

@@ -12,63 +12,31 @@ from torch import fx
 aten = torch.ops.aten
 
 VIEWS = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.expand.default,
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
+    *(aten.permute.default, aten.transpose.int, aten.t.default),
+    *(aten.flatten.using_ints, aten.unflatten.int, aten.expand.default),
+    *(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default),
 }
 CASTS = {
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
+    *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device),
     aten.type_as.default,
 }
 PIECES = {
-    operator.getitem,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.select.int,
-    aten.narrow.default,
+    *(operator.getitem, aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.narrow.default),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
 }
 # What a stream may pass on its way to a residual add; an expanded tensor is a modulation.
 CARRIED = (VIEWS | CASTS | {aten.slice.Tensor}) - {aten.expand.default}
 CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.convolution.default,
-    aten.conv2d.padding,
-    aten.conv1d.padding,
-    aten.conv3d.padding,
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
 }
 PRODUCTS = {
-    aten.matmul.default,
-    aten.bmm.default,
-    aten.mm.default,
-    aten.baddbmm.default,
-    aten.addmm.default,
-    aten.einsum.default,
+    *(aten.matmul.default, aten.bmm.default, aten.mm.default),
+    *(aten.baddbmm.default, aten.addmm.default, aten.einsum.default),
     aten._int_mm.default,  # of quantised weights
-    aten._scaled_mm.default,
-    aten._weight_int8pack_mm.default,
-    aten._weight_int4pack_mm.default,
+    *(aten._scaled_mm.default, aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default),
 }
 ATTENTION = {aten.scaled_dot_product_attention.default}
 
@@ -127,23 +95,21 @@ def module_stack(node: fx.Node) -> list[str]:
     return [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
 
 
+def _common_stack(nodes: Sequence[fx.Node]) -> list[str]:
+    first, *rest = map(module_stack, nodes)
+    return [path for path in first if all(path in stack for stack in rest)]
+
+
 def common_module(nodes: Sequence[fx.Node]) -> str:
     """Path of the innermost module that holds all nodes."""
-    common = module_stack(nodes[0])
-    for node in nodes[1:]:
-        paths = set(module_stack(node))
-        common = [path for path in common if path in paths]
+    common = _common_stack(nodes)
     return common[-1] if common else ""
 
 
 def enclosing_module(anchors: set[fx.Node], adds: Sequence[fx.Node]) -> str | None:
     """The innermost module that holds every anchor and none of the residual adds."""
-    holding = module_stack(next(iter(anchors)))
-    for node in anchors:
-        paths = set(module_stack(node))
-        holding = [path for path in holding if path in paths]
     outside = {path for add in adds for path in module_stack(add)}
-    inner = [path for path in holding if path not in outside]
+    inner = [path for path in _common_stack(list(anchors)) if path not in outside]
     return inner[-1] if inner else None
 
 

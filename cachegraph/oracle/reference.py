@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +87,20 @@ class ReferenceRunner:
         row = plan.rows[position.step]
         made: dict[str, list[Tensor]] = {}
         with ExitStack() as stack:
-            if self._choice is not None:
-                stack.enter_context(self._choice.watch(self.model, row))
+            if (choice := self._choice) is not None:
+                stack.enter_context(choice.watch(self.model, row))
             for site, action in zip(plan.sites, row, strict=True):
-                if isinstance(action, Refresh):
-                    self._refresh(stack, site, action, position.step, made)
+                if choice is not None and isinstance(action, Refresh):
+                    self._refresh(stack, site, action, position.step, choice, made)
                     continue
                 kept = self._kept(site, action)
                 stack.enter_context(self._at_site(site, kept, made))
                 if kept is not None and makes_value(action):
                     made[site.name] = kept
-                if isinstance(action, Compute) and self._choice is not None:
-                    self._note_computed(stack, site, position.step)
+                if choice is not None and isinstance(action, Compute):
+                    note = partial(choice.computed, site, position.step)
+                    module = self._value_module(site, -1)
+                    stack.callback(module.register_forward_hook(note).remove)
             result = self.model(*args, **kwargs)
         self._values.update({(name, position.step): v for name, v in made.items()})
         for freed in plan.freed_after[position.step]:
@@ -112,26 +115,15 @@ class ReferenceRunner:
         site: Site,
         action: Refresh,
         step: int,
+        choice: TokenChoice,
         made: dict[str, list[Tensor]],
     ) -> None:
         """Let the site run for all tokens, then keep only the chosen ones of what it made."""
-        module, choice = self._value_module(site, 0), self._choice
-        kept = self._values[site.name, action.source][0]
+        module, kept = self._value_module(site, 0), self._values[site.name, action.source][0]
 
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if choice is None:
-                raise ValueError("a refresh without a selection")
             made[site.name] = [choice.refreshed(site, action, step, kept, output)]
             return made[site.name][0]
-
-        stack.callback(module.register_forward_hook(hook).remove)
-
-    def _note_computed(self, stack: ExitStack, site: Site, step: int) -> None:
-        module, choice = self._value_module(site, -1), self._choice
-
-        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if choice is not None:
-                choice.computed(site, step)
 
         stack.callback(module.register_forward_hook(hook).remove)
 
@@ -183,7 +175,9 @@ class ReferenceRunner:
         template = self._templates.get(site.name)
         if kept is not None and template is not None and site.module is not None:
             module = self.model.get_submodule(site.module)
-            with _forward_replaced(module, lambda: _filled(template, kept)):
+            places, spec = template
+            filled = _pytree.tree_unflatten([kept[i] for i in places], spec)
+            with _forward_replaced(module, lambda: filled):
                 yield
             return
         seen: list[Tensor | None] = [None] * len(site.values)
@@ -239,11 +233,6 @@ def _learner(
             templates[name] = (places, spec)
 
     return learn
-
-
-def _filled(template: Any, values: list[Tensor]) -> Any:
-    places, spec = template
-    return _pytree.tree_unflatten([values[i] for i in places], spec)
 
 
 @contextmanager

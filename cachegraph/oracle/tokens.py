@@ -5,8 +5,9 @@ Nothing here is shared with the graphs that the passes build, so that the two ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,15 +48,19 @@ class TokenChoice:
             for site, action in zip(self.plan.sites, row, strict=True):
                 if site.cores and not isinstance(action, Reuse) and site.module is not None:
                     module = model.get_submodule(site.module)
-                    stack.callback(module.register_forward_pre_hook(recorder.enter(site)).remove)
+                    stack.callback(
+                        module.register_forward_pre_hook(partial(recorder.enter, site)).remove
+                    )
                     stack.callback(module.register_forward_hook(recorder.leave).remove)
                 if isinstance(action, Refresh) and site.reader is not None:
                     reader = model.get_submodule(site.reader)
-                    stack.callback(reader.register_forward_pre_hook(self._stream(site)).remove)
+                    stack.callback(
+                        reader.register_forward_pre_hook(partial(self._stream, site)).remove
+                    )
             yield
 
-    def computed(self, site: Site, step: int) -> None:
-        """All tokens of a site were recomputed in a step."""
+    def computed(self, site: Site, step: int, *_: Any) -> None:
+        """All tokens of a site were recomputed in a step; the rest is what a hook is given."""
         self.ages.pop(site.name, None)
         if site.kind is self._scoring_kind:
             self.scores[site.name, step] = self._new_scores(site)
@@ -172,11 +177,8 @@ class TokenChoice:
                     result[sample, y, x] *= 1 + chosen.bonus
         return result.reshape(score.shape)
 
-    def _stream(self, site: Site) -> Callable[..., None]:
-        def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.streams[site.name] = args[0]
-
-        return keep
+    def _stream(self, site: Site, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.streams[site.name] = args[0]
 
 
 def _noise(token: int, seed: int) -> float:
@@ -195,11 +197,8 @@ class _Recorder(TorchFunctionMode):
         self.captured = captured
         self.inside: list[str] = []
 
-    def enter(self, site: Site) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            self.inside.append(site.name)
-
-        return hook
+    def enter(self, site: Site, _module: nn.Module, _args: Any) -> None:
+        self.inside.append(site.name)
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.inside.pop()

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from cachegraph.artifact.artifact import Artifact
 from cachegraph.backends.named import named_graphs
 from cachegraph.errors import ModelError, TraceError
 from cachegraph.model.inputs import random_tensor
-from cachegraph.model.signature import Tree
+from cachegraph.model.signature import fill
 from cachegraph.model.site import Site, SiteKind, describe
 from cachegraph.model.trace import trace
 from cachegraph.plan.plan import make_plan
@@ -70,7 +71,7 @@ def calls(program: Program, seed: int) -> Iterator[dict[str, Any]]:
         tensors[0] = random_tensor(*specs[0], generator)
         if clock is not None:
             tensors[clock] = torch.full_like(tensors[clock], time)
-        yield {name: _argument(tree, tensors) for name, tree in signature.arguments.items()}
+        yield {name: fill(tree, tensors) for name, tree in signature.arguments.items()}
 
 
 def reference_of(artifact: Artifact, model: nn.Module, seed: int) -> ReferenceRunner:
@@ -85,19 +86,13 @@ def reference_of(artifact: Artifact, model: nn.Module, seed: int) -> ReferenceRu
     try:
         traced = trace(model, (), next(calls(program, seed)))
     except TraceError as error:
-        raise ModelError(
-            "the model cannot be called as the one that the artifact was compiled from",
-            expected=program.signature.describe(),
-            found=error.found,
-        ) from error
+        what = "the model cannot be called as the one that the artifact was compiled from"
+        raise ModelError(what, expected=program.signature.describe(), found=error.found) from error
     skipped = any(site.kind == SiteKind.STACK for site in program.sites)
     sites = (*traced.sites, traced.stack) if skipped and traced.stack else traced.sites
     if _names(sites) != _names(program.sites):
-        raise ModelError(
-            "the artifact was compiled from another model",
-            expected=describe(program.sites),
-            found=describe(sites),
-        )
+        what = "the artifact was compiled from another model"
+        raise ModelError(what, expected=describe(program.sites), found=describe(sites))
     plan = make_plan(sites, program.rows, selection=program.selection)
     return ReferenceRunner.of_plan(model, traced, plan, artifact.schedule)
 
@@ -112,7 +107,7 @@ def compare(
     for step, kwargs in zip(range(count), calls(program, seed), strict=False):
         progress("comparing calls", step, count)
         expected = tensors_in(reference(**kwargs, step=step))
-        moved = {name: _moved(value, runner.device) for name, value in kwargs.items()}
+        moved = _pytree.tree_map_only(Tensor, lambda t: t.to(runner.device), kwargs)
         found = tensors_in(session(**moved, step=step))
         variant = program.variants[program.steps[step].variant].name
         errors.append(StepError(step, variant, relative_error(found, expected)))
@@ -147,30 +142,6 @@ def times(program: Program) -> list[float]:
     steps = len(program.steps)
     falling = [float((steps - step) * 999 // steps) for step in range(steps)]
     return list(program.timesteps or (falling[::-1] if program.ascending else falling))
-
-
-def _argument(tree: Tree, tensors: Sequence[Tensor]) -> Any:
-    match tree:
-        case {"tensor": index}:
-            return tensors[index]
-        case {"dict": children}:
-            return {key: _argument(child, tensors) for key, child in children.items()}
-        case {"list": children}:
-            return [_argument(child, tensors) for child in children]
-        case {"tuple": children}:
-            return tuple(_argument(child, tensors) for child in children)
-    return tree["const"]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    match value:
-        case Tensor():
-            return value.to(device)
-        case dict():
-            return {key: _moved(child, device) for key, child in value.items()}
-        case list() | tuple():
-            return type(value)(_moved(child, device) for child in value)
-    return value
 
 
 def _names(sites: Sequence[Site]) -> list[tuple[str, str]]:

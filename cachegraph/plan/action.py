@@ -68,12 +68,10 @@ def sources(action: Action) -> tuple[int, ...]:
     match action:
         case Compute():
             return ()
-        case Reuse(source):
+        case Reuse(source) | Refresh(source):
             return (source,)
         case Forecast(sources=steps):
             return steps
-        case Refresh(source=source):
-            return (source,)
 
 
 def makes_value(action: Action) -> bool:

@@ -7,6 +7,7 @@ the runner frees a value after the last step that uses it, and no history is eve
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,17 +15,7 @@ from functools import cached_property
 from cachegraph.errors import PlanError
 from cachegraph.model.site import Site
 
-from .action import (
-    Action,
-    Compute,
-    Forecast,
-    Refresh,
-    Reuse,
-    Row,
-    makes_value,
-    sources,
-    structure,
-)
+from .action import Action, Compute, Forecast, Refresh, Reuse, Row, makes_value, sources, structure
 from .selection import Selection
 from .slot import EXTRAS
 from .variant import VALUES, Kept, Variant, extra_spec, last_use, make_variant, order_depth
@@ -223,12 +214,7 @@ def _check_forecast(site: Site, action: Action, step: int, place: str) -> None:
 
 
 def _check_refresh(
-    site: Site,
-    rows: Sequence[Row],
-    step: int,
-    index: int,
-    selection: Selection | None,
-    place: str,
+    site: Site, rows: Sequence[Row], step: int, index: int, selection: Selection | None, place: str
 ) -> None:
     action = rows[step][index]
     if not isinstance(action, Refresh):
@@ -246,9 +232,7 @@ def _check_refresh(
 
 
 def _describe_group(key: Sequence[tuple[str, int]], steps: Sequence[int]) -> str:
-    words: dict[str, int] = {}
-    for kind, _ in key:
-        words[kind] = words.get(kind, 0) + 1
+    words = Counter(kind for kind, _ in key)
     listed = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
     return f"steps {listed}: " + ", ".join(f"{n} {kind}" for kind, n in words.items())
 

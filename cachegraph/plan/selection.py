@@ -11,9 +11,8 @@ from cachegraph.errors import SessionError
 class Score(StrEnum):
     """What a token's score is made of; the highest are recomputed."""
 
-    ATTENTION = (
-        "attention"  # attention it received: column sums of the softmax map, mean over heads
-    )
+    # attention it received: column sums of the softmax map, mean over heads
+    ATTENTION = "attention"
     CROSS_ATTENTION = "cross-attention"  # entropy of its row, mean of the two halves of the batch
     KV_NORM = "kv-norm"  # small norm of its value vector, summed over heads
     SIMILARITY = "similarity"  # how little its input resembles the kept value

@@ -36,11 +36,6 @@ class Variant:
     constants: tuple[StepConstant, ...]
     extras: tuple[tuple[int, ...], ...] = ()
 
-    def __post_init__(self) -> None:
-        """No extras at all stands for none at any site."""
-        if not self.extras:
-            object.__setattr__(self, "extras", ((),) * len(self.row))
-
 
 VALUES = 0  # the part of a site's memory that its values are
 
@@ -150,7 +145,8 @@ def _refresh_constants(
         actions = [a for step in steps if isinstance(a := rows[step][i], Refresh)]
         if not actions:
             continue
-        tokens.setdefault(tuple(_places(a.tokens) for a in actions), []).append(site.name)
+        places = (tuple(range(a.tokens)) if a.tokens > 1 else (0, 0) for a in actions)
+        tokens.setdefault(tuple(places), []).append(site.name)
         age = [a.age if foreseen else a.age - _age_after(rows[a.source][i]) for a in actions]
         ages.setdefault(tuple((a,) for a in age), []).append(site.name)
     return (
@@ -159,15 +155,8 @@ def _refresh_constants(
     )
 
 
-def _places(tokens: int) -> tuple[int, ...]:
-    return tuple(range(tokens)) if tokens > 1 else (0, 0)
-
-
 def _step_constant(
-    steps: Sequence[int],
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    selection: Selection | None,
+    steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row], selection: Selection | None
 ) -> tuple[StepConstant, ...]:
     """The number of the step, where scores are random."""
     chosen = [s.name for i, s in enumerate(sites) if isinstance(rows[steps[0]][i], Refresh)]

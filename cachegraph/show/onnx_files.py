@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ def onnx_report(files: Sequence[Path]) -> list[RenderableType]:
     graphs = [_read(path) for path in files]
     for path, graph in zip(files, graphs, strict=True):
         counts = (len(graph.input), len(graph.output), len(graph.node))
-        sizes = path.stat().st_size, sum(_elsewhere(graph))
+        stored = (entry for tensor in graph.initializer for entry in tensor.external_data)
+        elsewhere = [int(entry.value) for entry in stored if entry.key == "length"]
+        sizes = path.stat().st_size, sum(elsewhere)
         table.add_row(path.name, *map(str, counts), *map(size, sizes))
     return [table] if len(files) > 1 else [table, "", _values(graphs[0]), "", _operators(graphs[0])]
 
@@ -50,12 +52,6 @@ def _read(path: Path) -> Any:
         raise InputError(
             "the ONNX file cannot be read", place=str(path), found=str(error)
         ) from error
-
-
-def _elsewhere(graph: Any) -> Iterator[int]:
-    """Bytes of each weight that lies in another file."""
-    for tensor in graph.initializer:
-        yield from (int(e.value) for e in tensor.external_data if e.key == "length")
 
 
 def _values(graph: Any) -> Table:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import assert_never
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,6 +24,7 @@ _STYLES = {
     "F": "black on yellow",
     "T": "black on magenta",
 }
+_LETTERS = {Compute: "C", Reuse: "R", Forecast: "F", Refresh: "T"}
 _MIXED = "black on cyan"
 _TOKEN_ROWS = 7  # of a kind of site
 _TOKEN_STYLES = {
@@ -55,17 +55,7 @@ class PictureRow:
 
 def letter(action: Action) -> str:
     """One character for what a step does at a site: C, R, F or T."""
-    match action:
-        case Compute():
-            return "C"
-        case Reuse():
-            return "R"
-        case Forecast():
-            return "F"
-        case Refresh():
-            return "T"
-        case _:
-            assert_never(action)
+    return _LETTERS[type(action)]
 
 
 def picture_rows(plan: Plan, most: int | None = None) -> list[PictureRow]:

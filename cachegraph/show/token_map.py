@@ -24,8 +24,9 @@ _COLUMNS = 10  # steps in a row
 _SIDE = 64  # pixels of a step's digit
 _GAP, _HEAD = 4, 12  # pixels between steps, and above each for its number
 _TINT = torch.tensor([255.0, 120.0, 0.0])  # of a token that all sites recompute
+_LABEL, _SEED = 3, 0  # what is sampled
 _CAPTION = (
-    "Digit {label}, seed {seed}: which tokens are recomputed at each step\n"
+    f"Digit {_LABEL}, seed {_SEED}: which tokens are recomputed at each step\n"
     "orange: recomputed, the stronger the more sites do it; green frame: everything is computed"
 )
 _WHOLE = torch.tensor([0.0, 150.0, 80.0])  # of a step that computes everything
@@ -88,9 +89,7 @@ def _share(plan: Plan, row: Row, choosing: set[int], picked: dict[str, Tensor]) 
     return (found / len(choosing)).view(height, width)
 
 
-def write_token_map(
-    model: nn.Module, schedule: ScheduleSource, path: Path, *, label: int = 3, seed: int = 0
-) -> None:
+def write_token_map(model: nn.Module, schedule: ScheduleSource, path: Path) -> None:
     """Write a PNG: a panel a step, the digit in grey, tokens the more orange the more sites do it.
 
     A green frame marks a step that computes everything; the caption says so.
@@ -101,14 +100,14 @@ def write_token_map(
     check_image_path(path)
     from PIL import Image, ImageDraw
 
-    image, shares, plan = token_shares(model, schedule, label, seed)
+    image, shares, plan = token_shares(model, schedule, _LABEL, _SEED)
     lines = -(-plan.steps // _COLUMNS)
     high, wide = _SIDE + _HEAD + _GAP, _SIDE + _GAP
     above = 2 * _HEAD + 3 * _GAP  # for the caption
     size = _COLUMNS * wide + _GAP, above + lines * high + _GAP
     canvas = Image.new("RGB", size, (255, 255, 255))
     pen = ImageDraw.Draw(canvas)
-    pen.text((_GAP, _GAP), _CAPTION.format(label=label, seed=seed), fill=(0, 0, 0))
+    pen.text((_GAP, _GAP), _CAPTION, fill=(0, 0, 0))
     for step, share in enumerate(shares):
         left, top = _GAP + step % _COLUMNS * wide, above + step // _COLUMNS * high
         whole = all(isinstance(action, Compute) for action in plan.rows[step])

@@ -54,7 +54,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         raise ModelError("there is no such weights file", place=str(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _unnest(_read_pickle(path), path), {}
+    return _unnest(read_pickle(path), path), {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -68,10 +68,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]
         ) from error
 
 
-def _read_pickle(path: Path) -> object:
-    """What ``torch.save`` wrote, where that is only tensors in plain containers."""
+def read_pickle(path: Path) -> object:
+    """What ``torch.save`` wrote, where that is only tensors in plain containers.
+
+    Raises:
+        ModelError: it is damaged or holds something else.
+    """
     try:
-        # DiT's own training script keeps its command line, a Namespace, beside the weights
+        # published training scripts keep their command line, a Namespace, beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
             # the format before torch 1.6 is no zip archive and cannot be mapped
             mapped = zipfile.is_zipfile(path)

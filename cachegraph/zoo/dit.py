@@ -13,17 +13,12 @@ from .layers import (
     Attention,
     Mlp,
     ModelSize,
-    PatchEmbed,
-    TimestepEmbedder,
-    arch_name,
-    check_divides,
+    PatchTransformer,
     check_shape,
-    guide,
     modulate,
     plain_norm,
     position_embedding,
     random_normal,
-    unpatchify,
 )
 
 SIZES = {
@@ -90,7 +85,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(PatchTransformer):
     """Diffusion transformer: noisy image, timestep and class to predicted noise.
 
     The defaults are DiT-XL/2 for 256x256 images (latents of 32x32). Parameters get torch's usual
@@ -125,20 +120,10 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
     ) -> None:
-        super().__init__()
-        check_divides("input_size", input_size, "patch_size", patch_size)
-        check_divides("hidden_size", hidden_size, "num_heads", num_heads)
-        check_divides("hidden_size", hidden_size, "the 4 parts of pos_embed", 4)
-        self.input_size, self.patch_size = input_size, patch_size
-        self.in_channels, self.num_classes = in_channels, num_classes
-        self.num_heads, self.learn_sigma = num_heads, learn_sigma
-        self.out_channels = in_channels * 2 if learn_sigma else in_channels
         size = ModelSize(depth, hidden_size, num_heads)
-        known = mlp_ratio == 4 and patch_size in PATCH_SIZES
-        self.arch = arch_name("DiT", SIZES if known else {}, size, patch_size)
-
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        known = SIZES if mlp_ratio == 4 and patch_size in PATCH_SIZES else {}
+        super().__init__(("DiT", known), size, input_size, patch_size, in_channels, learn_sigma)
+        self.num_classes, self.learn_sigma = num_classes, learn_sigma
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(
             position_embedding(hidden_size, input_size // patch_size), requires_grad=False
@@ -166,49 +151,8 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c)
-        side = self.input_size // self.patch_size
-        return unpatchify(self.final_layer(x, c), self.patch_size, side)
+        return self.unpatchify(self.final_layer(x, c))
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """Classifier-free guidance on a doubled batch [cond; uncond].
-
-        Both halves see the first half of ``x``. As published, only the first three noise channels
-        are guided; a model with fewer than four channels has all its noise channels guided.
-
-        Args:
-            x: ``(2 B, in_channels, input_size, input_size)``; the second half is not read.
-            t: ``(2 B,)``.
-            y: ``(2 B,)``, the null class in the second half.
-            cfg_scale: 1 is no guidance.
-
-        Returns:
-            ``(2 B, out_channels, input_size, input_size)``; both halves hold the guided noise,
-            each keeps its own further channels.
-
-        Raises:
-            ModelError: as for :meth:`forward`.
-        """
-        half = x[: x.shape[0] // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
-        return guide(out, self.in_channels, cfg_scale)
-
-    def example_inputs(
-        self, batch: int = 2, device: torch.device | str | None = None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """Arguments for one call, the same at every call: ``((x, t, y), {})``.
-
-        Args:
-            batch: B.
-            device: where the tensors are, ``"meta"`` included; None means the model's.
-
-        Returns:
-            Positional arguments as of :meth:`forward`, and no keyword arguments.
-        """
-        weight = self.x_embedder.proj.weight
-        generator = torch.Generator().manual_seed(0)
-        shape = (batch, self.in_channels, self.input_size, self.input_size)
-        x = torch.randn(shape, generator=generator, device="cpu")
-        t = torch.full((batch,), 500, dtype=torch.int64, device="cpu")
-        y = torch.arange(batch, dtype=torch.int64, device="cpu") % self.num_classes
-        target = weight.device if device is None else torch.device(device)
-        return (x.to(target, weight.dtype), t.to(target), y.to(target)), {}
+    def example_condition(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Labels ``(B,)``: 0, 1, 2 and so on."""
+        return torch.arange(batch, dtype=torch.int64, device="cpu") % self.num_classes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from torch import nn
 
@@ -24,129 +24,113 @@ Options = Mapping[str, int]
 SIZE_EMBEDDERS = ("csize_embedder.", "ar_embedder.")
 
 
-class Architecture(Protocol):
-    """A family of models whose state dicts can be recognised."""
+@dataclass(frozen=True)
+class Architecture:
+    """A family of models whose state dicts can be recognised.
+
+    Attributes:
+        name: the family as written in ``arch``, such as ``DiT``.
+        options: what ``arch="NAME(option=1)"`` can say.
+        model: the class of its models.
+        variance: name of the argument that says whether a variance is predicted.
+        published: its sizes by their letters.
+        patch_sizes: that each of them comes with.
+        marks: what begins names in all of its state dicts.
+        tell: what arguments only this family has, from shapes and options.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    model: type[nn.Module]
+    variance: str
+    published: Mapping[str, ModelSize]
+    patch_sizes: tuple[int, ...]
+    marks: tuple[str, ...]
+    tell: Callable[[Shapes, Options], dict[str, Any]]
 
     @property
-    def name(self) -> str:
-        """The family as written in ``arch``, such as ``DiT``."""
-        ...
-
-    @property
-    def sizes(self) -> Mapping[str, Options]:
+    def sizes(self) -> dict[str, Options]:
         """Published sizes by name, such as ``DiT-XL/2``, with the options that make them."""
-        ...
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What ``arch="NAME(option=1)"`` can say."""
-        ...
+        return {
+            f"{self.name}-{letter}/{patch}": {"patch_size": patch, **size._asdict()}
+            for letter, size in self.published.items()
+            for patch in self.patch_sizes
+        }
 
     def matches(self, shapes: Shapes) -> bool:
         """Whether a state dict with these names and shapes is of this family."""
-        ...
+        return all(any(key.startswith(mark) for key in shapes) for mark in self.marks)
 
     def infer(self, shapes: Shapes, metadata: Mapping[str, str], options: Options) -> nn.Module:
-        """The model that the shapes tell of; ``options`` come before what is seen in them."""
-        ...
+        """The model that the shapes tell of; ``options`` come before what is seen in them.
+
+        Everything but the number of heads is in the shapes.
+        """
+        told = self.tell(shapes, options)
+        seen = _seen(shapes) | told | dict(options)
+        if "num_heads" not in seen:
+            seen["num_heads"] = _heads(self.name, self.published, shapes, metadata)
+        side = _grid_side(shapes)
+        inner, hidden = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)
+        outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
+        _, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
+        return self.model(
+            input_size=side * seen["patch_size"],
+            mlp_ratio=inner / hidden,
+            # there are more outputs than a patch of noise has values
+            **{self.variance: outputs != patch * patch * channels},
+            **seen,
+        )
 
     def create(self, input_size: int, options: Options) -> nn.Module:
-        """A model from options alone; the rest is as the family's code has it by default."""
-        ...
+        """A model from options alone; what they do not say is as in the largest size."""
+        return self.model(input_size=input_size, **{self.variance: True}, **options)
 
 
-@dataclass(frozen=True)
-class DiTArchitecture:
-    """State dicts with the names of facebookresearch/DiT."""
+def _tell_dit(shapes: Shapes, options: Options) -> dict[str, Any]:
+    rows, _ = _shape(shapes, "y_embedder.embedding_table.weight", 2)
+    classes = options.get("num_classes", rows - 1)  # the last row is the null class
+    return {"num_classes": classes, "class_dropout_prob": 0.1 if rows > classes else 0.0}
 
-    name: str = "DiT"
-    options: tuple[str, ...] = (
-        *("patch_size", "in_channels", "hidden_size"),
-        *("depth", "num_heads", "num_classes"),
-    )
 
-    @property
-    def sizes(self) -> Mapping[str, Options]:
-        """S, B, L and XL with patches of 2, 4 and 8."""
-        return _sizes("DiT", dit.SIZES, dit.PATCH_SIZES)
-
-    def matches(self, shapes: Shapes) -> bool:
-        """By the three embedders; a class table tells DiT from its text-conditioned relatives."""
-        marks = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.0.")
-        return _has(shapes, marks)
-
-    def infer(self, shapes: Shapes, metadata: Mapping[str, str], options: Options) -> DiT:
-        """Everything but the number of heads is in the shapes."""
-        classes, _ = _shape(shapes, "y_embedder.embedding_table.weight", 2)
-        # the last row of the table is the null class
-        seen = _seen(shapes) | {"num_classes": classes - 1} | dict(options)
-        if "num_heads" not in seen:
-            seen["num_heads"] = _heads("DiT", dit.SIZES, shapes, metadata)
-        return DiT(
-            input_size=_grid_side(shapes) * seen["patch_size"],
-            mlp_ratio=_mlp_ratio(shapes),
-            class_dropout_prob=0.1 if classes > seen["num_classes"] else 0.0,
-            learn_sigma=_predicts_variance(shapes),
-            **seen,
+def _tell_pixart(shapes: Shapes, options: Options) -> dict[str, Any]:
+    if more := [key for key in shapes if key.startswith(SIZE_EMBEDDERS)]:
+        raise ModelError(
+            "these weights are of the multi-scale PixArt-alpha, which is not supported",
+            expected="weights without csize_embedder and ar_embedder",
+            found=list_names(more),
+            remedy="use PixArt-XL-2-256x256.pth or PixArt-XL-2-512x512.pth",
         )
-
-    def create(self, input_size: int, options: Options) -> DiT:
-        """What the options do not say is as in DiT-XL/2."""
-        return DiT(input_size=input_size, learn_sigma=True, **options)
-
-
-@dataclass(frozen=True)
-class PixArtArchitecture:
-    """State dicts with the names of PixArt-alpha/PixArt-alpha."""
-
-    name: str = "PixArt"
-    options: tuple[str, ...] = (
-        *("patch_size", "in_channels", "hidden_size", "depth", "num_heads"),
-        *("caption_channels", "model_max_length"),
-    )
-
-    @property
-    def sizes(self) -> Mapping[str, Options]:
-        """XL with patches of 2."""
-        return _sizes("PixArt", pixart.SIZES, pixart.PATCH_SIZES)
-
-    def matches(self, shapes: Shapes) -> bool:
-        """By the embedders and cross-attention; Open-Sora's blocks have another name."""
-        marks = ("x_embedder.proj.weight", "y_embedder.y_proj.", "t_block.", "blocks.0.cross_attn.")
-        return _has(shapes, marks)
-
-    def infer(self, shapes: Shapes, metadata: Mapping[str, str], options: Options) -> PixArt:
-        """Everything but the number of heads is in the shapes.
-
-        Raises:
-            ModelError: the weights are of the variant that embeds the size of the image, too.
-        """
-        if more := [key for key in shapes if key.startswith(SIZE_EMBEDDERS)]:
-            raise ModelError(
-                "these weights are of the multi-scale PixArt-alpha, which is not supported",
-                expected="weights without csize_embedder and ar_embedder",
-                found=list_names(more),
-                remedy="use PixArt-XL-2-256x256.pth or PixArt-XL-2-512x512.pth",
-            )
-        _, caption_channels = _shape(shapes, "y_embedder.y_proj.fc1.weight", 2)
-        tokens, _ = _shape(shapes, "y_embedder.y_embedding", 2)
-        text = {"caption_channels": caption_channels, "model_max_length": tokens}
-        seen = _seen(shapes) | text | dict(options)
-        if "num_heads" not in seen:
-            seen["num_heads"] = _heads("PixArt", pixart.SIZES, shapes, metadata)
-        return PixArt(
-            input_size=_grid_side(shapes) * seen["patch_size"],
-            mlp_ratio=_mlp_ratio(shapes),
-            pred_sigma=_predicts_variance(shapes),
-            **seen,
-        )
-
-    def create(self, input_size: int, options: Options) -> PixArt:
-        """What the options do not say is as in PixArt-XL/2."""
-        return PixArt(input_size=input_size, pred_sigma=True, **options)
+    _, channels = _shape(shapes, "y_embedder.y_proj.fc1.weight", 2)
+    tokens, _ = _shape(shapes, "y_embedder.y_embedding", 2)
+    return {"caption_channels": channels, "model_max_length": tokens}
 
 
-ARCHITECTURES: tuple[Architecture, ...] = (DiTArchitecture(), PixArtArchitecture())
+_COMMON = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+# A class table tells DiT from its text-conditioned relatives; Open-Sora's blocks have another name
+# than those of PixArt.
+ARCHITECTURES = (
+    Architecture(
+        "DiT",
+        (*_COMMON, "num_classes"),
+        DiT,
+        "learn_sigma",
+        dit.SIZES,
+        dit.PATCH_SIZES,
+        ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.0."),
+        _tell_dit,
+    ),
+    Architecture(
+        "PixArt",
+        (*_COMMON, "caption_channels", "model_max_length"),
+        PixArt,
+        "pred_sigma",
+        pixart.SIZES,
+        pixart.PATCH_SIZES,
+        ("x_embedder.proj.weight", "y_embedder.y_proj.", "t_block.", "blocks.0.cross_attn."),
+        _tell_pixart,
+    ),
+)
 
 
 def _shape(shapes: Shapes, key: str, dimensions: int) -> tuple[int, ...]:
@@ -161,44 +145,22 @@ def _shape(shapes: Shapes, key: str, dimensions: int) -> tuple[int, ...]:
     return shapes[key]
 
 
-def _depth(shapes: Shapes) -> int:
-    """The number of blocks; counted, for the highest index of a hostile file may be any number."""
-    return len({match[0] for key in shapes if (match := re.match(r"blocks\.\d+\.", key))})
-
-
-def _seen(shapes: Shapes) -> dict[str, int]:
+def _seen(shapes: Shapes) -> dict[str, Any]:
     """What the shapes tell of any transformer over patches."""
     hidden, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
-    return {
-        "patch_size": patch,
-        "in_channels": channels,
-        "hidden_size": hidden,
-        "depth": _depth(shapes),
-    }
+    sizes = {"patch_size": patch, "in_channels": channels, "hidden_size": hidden}
+    # Blocks are counted, for the highest index of a hostile file may be any number.
+    blocks = {match[0] for key in shapes if (match := re.match(r"blocks\.\d+\.", key))}
+    return {**sizes, "depth": len(blocks)}
 
 
 def _grid_side(shapes: Shapes) -> int:
     _, tokens, _ = _shape(shapes, "pos_embed", 3)
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ModelError(
-            "pos_embed is not of a square image",
-            expected="a square number of tokens",
-            found=str(tokens),
-        )
+        what = "pos_embed is not of a square image"
+        raise ModelError(what, expected="a square number of tokens", found=str(tokens))
     return side
-
-
-def _mlp_ratio(shapes: Shapes) -> float:
-    inner, hidden = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)
-    return inner / hidden
-
-
-def _predicts_variance(shapes: Shapes) -> bool:
-    """Whether there are more outputs than a patch of noise has values."""
-    outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
-    _, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
-    return outputs != patch * patch * channels
 
 
 def _heads(
@@ -217,18 +179,3 @@ def _heads(
         "or the metadata key num_heads in a .safetensors file",
         remedy=f"say it, such as arch='{family}(num_heads=4)'",
     )
-
-
-def _sizes(
-    family: str, sizes: Mapping[str, ModelSize], patch_sizes: tuple[int, ...]
-) -> dict[str, Options]:
-    return {
-        f"{family}-{letter}/{patch}": {"patch_size": patch, **size._asdict()}
-        for letter, size in sizes.items()
-        for patch in patch_sizes
-    }
-
-
-def _has(shapes: Shapes, marks: tuple[str, ...]) -> bool:
-    """Whether every mark begins a name."""
-    return all(any(key.startswith(mark) for key in shapes) for mark in marks)

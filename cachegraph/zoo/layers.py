@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cachegraph.errors import ModelError
 
+MAX_PERIOD = 10000.0  # of the timestep embedding, in timesteps over 2 pi
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding, in all published sizes
 CFG_CHANNELS = 3  # the published code guides three of the four latent channels
 
@@ -25,23 +26,6 @@ class ModelSize(NamedTuple):
     depth: int
     hidden_size: int
     num_heads: int
-
-
-def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
-    """Cosines, then sines, of ``t`` at geometrically spaced frequencies.
-
-    Args:
-        t: timesteps ``(B,)``, integer or fractional.
-        width: even number of features.
-        max_period: longest period, in timesteps over 2 pi.
-
-    Returns:
-        ``(B, width)`` in float32.
-    """
-    half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angle = t[:, None].float() * torch.exp(-math.log(max_period) * exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def random_normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -98,7 +82,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds timesteps ``(B,)`` as ``(B, C)``."""
+    """Embeds timesteps as cosines, then sines, at geometrically spaced frequencies."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -107,8 +91,11 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """``(B,)`` to ``(B, C)``."""
-        embedding = timestep_embedding(t, FREQUENCIES)
+        """Timesteps ``(B,)``, integer or fractional, to ``(B, C)``."""
+        half = FREQUENCIES // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angle = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponent)
+        embedding = torch.cat([angle.cos(), angle.sin()], dim=-1)
         dtype = next(self.mlp.parameters()).dtype
         # a cast that does nothing would still be a node of the traced graph
         return self.mlp(embedding if dtype == torch.float32 else embedding.to(dtype))
@@ -151,48 +138,6 @@ def plain_norm(hidden_size: int) -> nn.LayerNorm:
     return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
 
 
-def unpatchify(x: Tensor, patch_size: int, side: int) -> Tensor:
-    """Puts the pixels of every token where its patch is.
-
-    Args:
-        x: ``(B, side * side, patch_size * patch_size * C_out)``.
-        patch_size: height and width of a patch.
-        side: patches along one side.
-
-    Returns:
-        ``(B, C_out, side * patch_size, side * patch_size)``.
-    """
-    batch, channels, size = x.shape[0], x.shape[2] // patch_size**2, side * patch_size
-    x = x.reshape(batch, side, side, patch_size, patch_size, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, size, size)
-
-
-def guide(out: Tensor, in_channels: int, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance of a model's output on a doubled batch [cond; uncond].
-
-    As published, only the first three noise channels are guided; a model with fewer than four
-    channels has all its noise channels guided.
-
-    Args:
-        out: ``(2 B, C_out, H, W)``.
-        in_channels: channels of the noise, which come first in ``out``.
-        cfg_scale: 1 is no guidance.
-
-    Returns:
-        As ``out``; both halves hold the guided noise, each keeps its own further channels.
-    """
-    guided = CFG_CHANNELS if in_channels > CFG_CHANNELS else in_channels
-    cond, uncond = out[:, :guided].chunk(2)
-    noise = uncond + cfg_scale * (cond - uncond)
-    return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
-
-
-def arch_name(family: str, sizes: Mapping[str, ModelSize], size: ModelSize, patch_size: int) -> str:
-    """``DiT-XL/2`` for a published size, else ``DiT custom``."""
-    letter = next((letter for letter, known in sizes.items() if known == size), None)
-    return f"{family} custom" if letter is None else f"{family}-{letter}/{patch_size}"
-
-
 def check_shape(what: str, x: Tensor, wanted: tuple[int, ...]) -> None:
     """Refuses a tensor that is not ``(B, *wanted)``."""
     if tuple(x.shape[1:]) != wanted:
@@ -203,11 +148,109 @@ def check_shape(what: str, x: Tensor, wanted: tuple[int, ...]) -> None:
         )
 
 
-def check_divides(name: str, value: int, by_name: str, by: int) -> None:
-    """Refuses sizes that are not positive, or do not divide."""
-    if by < 1 or value < 1 or value % by:
-        raise ModelError(
-            f"{name} {value} cannot be divided by {by_name}",
-            expected=f"a positive multiple of {by}",
-            found=str(value),
-        )
+class PatchTransformer(nn.Module):
+    """What the known diffusion transformers over patches of an image have in common.
+
+    A subclass adds blocks and what embeds its condition y, and is called with ``(x, t, y)``.
+
+    Args:
+        names: of the family and of its published sizes; ``arch`` is ``DiT-XL/2`` for one of them,
+            else ``DiT custom``.
+        size: of the transformer.
+        input_size: height and width of the (latent) image, a multiple of ``patch_size``.
+        patch_size: height and width of the patch that becomes one token.
+        in_channels: channels of the (latent) image.
+        variance: whether a variance is predicted in as many further channels.
+
+    Raises:
+        ModelError: the sizes do not divide as said.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, Mapping[str, ModelSize]],
+        size: ModelSize,
+        input_size: int,
+        patch_size: int,
+        in_channels: int,
+        variance: bool,
+    ) -> None:
+        super().__init__()
+        for name, value, by_name, by in (
+            ("input_size", input_size, "patch_size", patch_size),
+            ("hidden_size", size.hidden_size, "num_heads", size.num_heads),
+            ("hidden_size", size.hidden_size, "the 4 parts of pos_embed", 4),
+        ):
+            if by < 1 or value < 1 or value % by:
+                what = f"{name} {value} cannot be divided by {by_name}"
+                raise ModelError(what, expected=f"a positive multiple of {by}", found=str(value))
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_heads, self.out_channels = size.num_heads, in_channels * (1 + variance)
+        family, sizes = names
+        letter = next((letter for letter, known in sizes.items() if known == size), None)
+        self.arch = f"{family} custom" if letter is None else f"{family}-{letter}/{patch_size}"
+        self.x_embedder = PatchEmbed(patch_size, in_channels, size.hidden_size)
+        self.t_embedder = TimestepEmbedder(size.hidden_size)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Puts the pixels of every token, ``(B, N, patch_size**2 * C_out)``, where its patch is."""
+        batch, patch, side = x.shape[0], self.patch_size, self.input_size // self.patch_size
+        channels = x.shape[2] // patch**2
+        x = x.reshape(batch, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(batch, channels, side * patch, side * patch)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, *more: Any, **named: Any
+    ) -> Tensor:
+        """Classifier-free guidance on a doubled batch [cond; uncond].
+
+        Both halves see the first half of ``x``. As published, only the first three noise channels
+        are guided; a model with fewer than four channels has all its noise channels guided.
+
+        Args:
+            x: ``(2 B, in_channels, input_size, input_size)``; the second half is not read.
+            t: ``(2 B,)``.
+            y: as ``forward`` takes it, the null class or caption in the second half.
+            cfg_scale: 1 is no guidance.
+            more: further arguments of ``forward``.
+            named: the same by name.
+
+        Returns:
+            ``(2 B, out_channels, input_size, input_size)``; both halves hold the guided noise,
+            each keeps its own further channels.
+
+        Raises:
+            ModelError: as for ``forward``.
+        """
+        half = x[: x.shape[0] // 2]
+        out = self.forward(torch.cat([half, half]), t, y, *more, **named)
+        guided = min(CFG_CHANNELS, self.in_channels)
+        cond, uncond = out[:, :guided].chunk(2)
+        noise = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
+
+    def example_inputs(
+        self, batch: int = 2, device: torch.device | str | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """Arguments for one call, the same at every call: ``((x, t, y), {})``.
+
+        Args:
+            batch: B.
+            device: where the tensors are, ``"meta"`` included; None means the model's.
+
+        Returns:
+            Positional arguments as of ``forward``, and no keyword arguments.
+        """
+        weight = self.x_embedder.proj.weight
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, self.in_channels, self.input_size, self.input_size)
+        x = torch.randn(shape, generator=generator, device="cpu")
+        t = torch.full((batch,), 500, dtype=torch.int64, device="cpu")
+        y = self.example_condition(batch, generator)
+        target = weight.device if device is None else torch.device(device)
+        x, y = (v.to(target, weight.dtype if v.is_floating_point() else v.dtype) for v in (x, y))
+        return (x, t.to(target), y), {}
+
+    def example_condition(self, batch: int, generator: torch.Generator) -> Tensor:
+        """The y of :meth:`example_inputs`, on the CPU."""
+        raise NotImplementedError

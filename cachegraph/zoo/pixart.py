@@ -18,17 +18,12 @@ from .layers import (
     Attention,
     Mlp,
     ModelSize,
-    PatchEmbed,
-    TimestepEmbedder,
-    arch_name,
-    check_divides,
+    PatchTransformer,
     check_shape,
-    guide,
     modulate,
     plain_norm,
     position_embedding,
     random_normal,
-    unpatchify,
 )
 
 SIZES = {"XL": ModelSize(28, 1152, 16)}
@@ -148,7 +143,7 @@ class T2IFinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class PixArt(nn.Module):
+class PixArt(PatchTransformer):
     """Diffusion transformer: noisy image, timestep and text features to predicted noise.
 
     The defaults are PixArt-XL/2 for 256x256 images (latents of 32x32). Parameters get torch's
@@ -190,20 +185,11 @@ class PixArt(nn.Module):
         caption_channels: int = 4096,
         model_max_length: int = 120,
     ) -> None:
-        super().__init__()
-        check_divides("input_size", input_size, "patch_size", patch_size)
-        check_divides("hidden_size", hidden_size, "num_heads", num_heads)
-        check_divides("hidden_size", hidden_size, "the 4 parts of pos_embed", 4)
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_heads, self.pred_sigma = num_heads, pred_sigma
-        self.caption_channels, self.model_max_length = caption_channels, model_max_length
-        self.out_channels = in_channels * 2 if pred_sigma else in_channels
         size = ModelSize(depth, hidden_size, num_heads)
-        known = mlp_ratio == 4 and patch_size in PATCH_SIZES
-        self.arch = arch_name("PixArt", SIZES if known else {}, size, patch_size)
-
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        known = SIZES if mlp_ratio == 4 and patch_size in PATCH_SIZES else {}
+        super().__init__(("PixArt", known), size, input_size, patch_size, in_channels, pred_sigma)
+        self.caption_channels, self.model_max_length = caption_channels, model_max_length
+        self.pred_sigma = pred_sigma
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, MODULATIONS * hidden_size))
         self.y_embedder = CaptionEmbedder(
             caption_channels, hidden_size, class_dropout_prob, model_max_length
@@ -243,58 +229,12 @@ class PixArt(nn.Module):
         text = self.y_embedder(text)
         for block in self.blocks:
             x = block(x, text, c, attended)
-        side = self.input_size // self.patch_size
-        return unpatchify(self.final_layer(x, t), self.patch_size, side)
+        return self.unpatchify(self.final_layer(x, t))
 
-    def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, mask: Tensor | None = None
-    ) -> Tensor:
-        """Classifier-free guidance on a doubled batch [cond; uncond].
-
-        Both halves see the first half of ``x``. As published, only the first three noise channels
-        are guided; a model with fewer than four channels has all its noise channels guided.
-
-        Args:
-            x: ``(2 B, in_channels, input_size, input_size)``; the second half is not read.
-            t: ``(2 B,)``.
-            y: ``(2 B, 1, L, caption_channels)`` or ``(2 B, L, caption_channels)``, in the second
-                half the null caption, ``y_embedder.y_embedding``.
-            cfg_scale: 1 is no guidance.
-            mask: ``(2 B, L)``, or ``(B, L)`` for both halves; None where nothing is padding.
-
-        Returns:
-            ``(2 B, out_channels, input_size, input_size)``; both halves hold the guided noise,
-            each keeps its own further channels.
-
-        Raises:
-            ModelError: as for :meth:`forward`.
-        """
-        half = x[: x.shape[0] // 2]
-        out = self.forward(torch.cat([half, half]), t, y, mask)
-        return guide(out, self.in_channels, cfg_scale)
-
-    def example_inputs(
-        self, batch: int = 2, device: torch.device | str | None = None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """Arguments for one call, the same at every call: ``((x, t, y), {})``.
-
-        Args:
-            batch: B.
-            device: where the tensors are, ``"meta"`` included; None means the model's.
-
-        Returns:
-            Positional arguments as of :meth:`forward`, and no keyword arguments: no text token
-            is padding.
-        """
-        weight = self.x_embedder.proj.weight
-        generator = torch.Generator().manual_seed(0)
-        image = (batch, self.in_channels, self.input_size, self.input_size)
-        x = torch.randn(image, generator=generator, device="cpu")
+    def example_condition(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Text features ``(B, 1, L, D)``; no token is padding."""
         text = (batch, 1, self.model_max_length, self.caption_channels)
-        y = torch.randn(text, generator=generator, device="cpu")
-        t = torch.full((batch,), 500, dtype=torch.int64, device="cpu")
-        target = weight.device if device is None else torch.device(device)
-        return (x.to(target, weight.dtype), t.to(target), y.to(target, weight.dtype)), {}
+        return torch.randn(text, generator=generator, device="cpu")
 
     def _text(self, y: Tensor) -> Tensor:
         """``(B, 1, L, D)`` or ``(B, L, D)`` to ``(B, L, D)``."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,11 +45,8 @@ def load_model(
     """
     if (preset := PRESETS.get(str(path))) is not None:
         if arch is not None:
-            raise ModelError(
-                f"the shipped model {str(path)!r} takes no architecture",
-                expected="arch left out",
-                found=f"arch={arch!r}",
-            )
+            what = f"the shipped model {str(path)!r} takes no architecture"
+            raise ModelError(what, expected="arch left out", found=f"arch={arch!r}")
         return preset(device)
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -63,8 +58,12 @@ def load_model(
         architecture = _recognise(shapes, path)
     else:
         architecture, options = _parse_arch(arch)
-    with torch.device("meta"), _place(path):
-        model = architecture.infer(shapes, metadata, options)
+    try:
+        with torch.device("meta"):
+            model = architecture.infer(shapes, metadata, options)
+    except ModelError as error:
+        parts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
+        raise ModelError(error.what, place=str(path), **parts) from error
     _check_shapes(model, shapes, path)
     # assign: the tensors read become the parameters, so that nothing is held twice
     model.load_state_dict(state, assign=True)
@@ -135,11 +134,8 @@ def _parse_option(pair: str, architecture: Architecture) -> tuple[str, int]:
             remedy=nearest(name, architecture.options),
         )
     if not value.isdecimal() or int(value) == 0:
-        raise ModelError(
-            f"option {name!r} of {architecture.name} has no usable value",
-            expected="a positive whole number",
-            found=repr(value),
-        )
+        what = f"option {name!r} of {architecture.name} has no usable value"
+        raise ModelError(what, expected="a positive whole number", found=repr(value))
     return name, int(value)
 
 
@@ -167,16 +163,6 @@ def _recognise(shapes: Shapes, path: Path) -> Architecture:
         found=f"{len(shapes)} tensors: {list_names(shapes)}",
         remedy="compile other models as a torch.export program (.pt2) or as module:factory",
     )
-
-
-@contextmanager
-def _place(path: Path) -> Iterator[None]:
-    """Says which file an error is about."""
-    try:
-        yield
-    except ModelError as error:
-        parts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
-        raise ModelError(error.what, place=str(path), **parts) from error
 
 
 def _check_shapes(model: nn.Module, shapes: Shapes, path: Path) -> None:

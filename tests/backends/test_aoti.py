@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cachegraph as cg
-from cachegraph.artifact import artifact, load
+from cachegraph.artifact import artifact
+from cachegraph.artifact import load as loading
 from cachegraph.artifact.load import load_artifact
 from cachegraph.backends.aoti import backend as aoti
 from cachegraph.backends.aoti import worker as aoti_worker
@@ -194,7 +195,7 @@ def test_loading_reads_no_graph_that_it_does_not_run(
         read.append(len(nodes))
         return graph_from_json(nodes, device)
 
-    monkeypatch.setattr(load, "graph_from_json", counted)
+    monkeypatch.setattr(loading, "graph_from_json", counted)
     loaded = load_artifact(original)
     run = loaded.runner()
     assert len(read) == len(loaded.prologues) == 2

@@ -46,10 +46,6 @@ def folder(toca_onnx: Path) -> Path:
     return toca_onnx
 
 
-def ports(**specs: TensorSpec) -> tuple[Port, ...]:
-    return tuple(Port(name, spec, Role.MODEL) for name, spec in specs.items())
-
-
 @pytest.fixture(scope="module")
 def artifact(toca_onnx: Path) -> cg.Artifact:
     return load_artifact(toca_onnx)
@@ -128,6 +124,10 @@ class Halves(nn.Module):
         return rolled, torch.sort(x.round(), dim=-1, descending=True, stable=True)[1]
 
 
+def ports(specs: Mapping[str, TensorSpec]) -> tuple[Port, ...]:
+    return tuple(Port(name, spec, Role.MODEL) for name, spec in specs.items())
+
+
 @pytest.mark.parametrize("floating", [False, True])
 def test_translations_of_our_own(floating: bool) -> None:
     onnxruntime: Any = pytest.importorskip("onnxruntime")
@@ -141,8 +141,9 @@ def test_translations_of_our_own(floating: bool) -> None:
     module = program.module(check_guards=False)
     specs = TensorSpec(("batch", 2, 5, 8), torch.float32), TensorSpec.of(mask)
     order = TensorSpec(("batch", 2, 5, 8), torch.int64)
-    inputs = ports(x=specs[0], m=specs[1])
-    named = NamedGraph(module, Interface(inputs, ports(a=specs[0], i=order)), {"batch": (4,)})
+    inputs = dict(zip(("x", "m"), specs, strict=True))
+    interface = Interface(ports(inputs), ports({"a": specs[0], "i": order}))
+    named = NamedGraph(module, interface, {"batch": (4,)})
     module.register_buffer("spare", torch.zeros(3))
     model = to_onnx("halves", named, {"spare": torch.zeros(3)})
     assert "spare" not in {tensor.name for tensor in model.graph.initializer}
@@ -234,8 +235,9 @@ def test_torch_computes_constants() -> None:
 
     t, noise = torch.tensor([999.0, 1.0]), torch.zeros(64)
     program = torch.export.export(Timed(), (t, noise))
-    inputs = ports(t=TensorSpec.of(t), noise=TensorSpec.of(noise))
-    interface = Interface(inputs, ports(out=TensorSpec((2, 64), torch.float32)))
+    inputs = {"t": TensorSpec.of(t), "noise": TensorSpec.of(noise)}
+    out = {"out": TensorSpec((2, 64), torch.float32)}
+    interface = Interface(ports(inputs), ports(out))
     model = to_onnx("t", NamedGraph(program.module(check_guards=False), interface, {}), {})
     assert not {"Exp", "Range", "Div", "Neg"} & {node.op_type for node in model.graph.node}
     held = [onnx.numpy_helper.to_array(one) for one in model.graph.initializer]

@@ -22,9 +22,9 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from cachegraph.backends import Progress
+from cachegraph.backends import AheadOfTime, Graphs, Progress, Weights
 from cachegraph.backends.named import BATCH, NamedGraph
 from cachegraph.errors import BackendError
 from cachegraph.folders import cache_folder, make_folder
@@ -50,7 +50,7 @@ _SETTINGS = re.compile("TORCHINDUCTOR_(?!CACHE_DIR$)|AOT_INDUCTOR_|C(XX|C|PP)(FL
 _TOKENS = 3  # an example for sizes that vary, the same whatever the schedule's numbers are
 
 
-class Aoti:
+class Aoti(AheadOfTime):
     """One library a graph; the weights are the artifact's, shared by all graphs and runners.
 
     What a graph was compiled to is kept in a cache (``$CACHEGRAPH_CACHE``, else
@@ -59,23 +59,13 @@ class Aoti:
     """
 
     name = "aoti"
-    exact = False
 
-    def check(self, graph: fx.Graph) -> list[str]:
-        """Nothing is refused: inductor takes every functional graph of aten operators."""
-        return []
-
-    def emit(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        progress: Progress,
-    ) -> None:
+    def emit(self, graphs: Graphs, weights: Weights, folder: Path, progress: Progress) -> None:
         """``NAME.pt2`` for each graph; those that are not in the cache compile side by side."""
         device = next(iter(weights.values())).device
         jobs = {name: _job(graph, weights, device) for name, graph in graphs.items()}
-        wanted = {name: _cached(job) for name, job in jobs.items()}
+        digests = {name: hashlib.sha256(job.encode()).hexdigest() for name, job in jobs.items()}
+        wanted = {name: _cache() / f"{digest}.pt2" for name, digest in digests.items()}
         # Two graphs may be the same but for their names.
         todo = {path: name for name, path in wanted.items() if not _is_whole(path)}
         progress(f"compiling ahead of time: {', '.join(todo.values()) or 'all is in the cache'}")
@@ -86,11 +76,7 @@ class Aoti:
         (folder / _BUILT_FOR).write_text(json.dumps(_machine(device)))
 
     def open(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        device: torch.device,
+        self, graphs: Graphs, weights: Weights, folder: Path, device: torch.device
     ) -> list[StepFunction]:
         """The libraries, with the weights handed to them."""
         built, here = json.loads((folder / _BUILT_FOR).read_text()), _machine(device)
@@ -106,7 +92,7 @@ class Aoti:
         return [_function(folder / f"{name}.pt2", weights) for name in graphs]
 
 
-def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
+def _function(path: Path, weights: Weights) -> StepFunction:
     # torch's own way to open it looks for a C++ compiler and tries that, to compare the machines;
     # and it reads the form of the call from JSON at every call. Single-threaded, for its own guard
     # against threads queries events, which a CUDA graph cannot record.
@@ -133,19 +119,21 @@ def _function(path: Path, weights: Mapping[str, Tensor]) -> StepFunction:
     return call
 
 
-def _job(graph: NamedGraph, weights: Mapping[str, Tensor], device: torch.device) -> str:
+def _job(graph: NamedGraph, weights: Weights, device: torch.device) -> str:
     """All that a compiled graph depends on, as text."""
     nodes = graph_to_json(graph.module.graph)
     for node in nodes:
         node.pop("spec", None)
     names = sorted({str(n.target) for n in graph.module.graph.find_nodes(op="get_attr")})
     used = {name: stored_weight(weights, name) for name in names}
+    small = {k: t for k, t in used.items() if t.numel() <= _INLINED}  # complex ones as pairs
+    small = {k: torch.view_as_real(t) if t.is_complex() else t for k, t in small.items()}
     sizes = graph.example_sizes()
     return json.dumps(
         {
             "nodes": nodes,
             "weights": {name: str(TensorSpec.of(tensor)) for name, tensor in used.items()},
-            "values": {k: _numbers(t) for k, t in used.items() if t.numel() <= _INLINED},
+            "values": {k: t.tolist() for k, t in small.items()},
             "inputs": [str(spec) for spec in graph.inputs.values()],
             "sizes": {name: sizes[name] if name == BATCH else _TOKENS for name in sizes},
             "built_for": _machine(device),
@@ -154,11 +142,6 @@ def _job(graph: NamedGraph, weights: Mapping[str, Tensor], device: torch.device)
             "code": [Path(__file__).parents[1].joinpath(name).read_text() for name in _SOURCES],
         }
     )
-
-
-def _numbers(tensor: Tensor) -> Any:
-    """As JSON has them; complex ones are pairs."""
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).tolist()
 
 
 def compiler_settings() -> dict[str, str]:
@@ -197,10 +180,6 @@ def _described(machine: Mapping[str, Any]) -> str:
 
 def _cache() -> Path:
     return make_folder(cache_folder("aoti"))
-
-
-def _cached(job: str) -> Path:
-    return _cache() / f"{hashlib.sha256(job.encode()).hexdigest()}.pt2"
 
 
 def _is_whole(path: Path) -> bool:

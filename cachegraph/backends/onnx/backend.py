@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from cachegraph.backends import Progress
+from cachegraph.backends import AheadOfTime, Graphs, Progress, Weights
 from cachegraph.backends.named import NamedGraph
 from cachegraph.errors import BackendError
 from cachegraph.graph.weights import is_stored, stored_weight
@@ -20,11 +20,10 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class Onnx:
+class Onnx(AheadOfTime):
     """One ONNX file a graph, all of them referring to the artifact's one file of weights."""
 
     name = "onnx"
-    exact = False
 
     def check(self, graph: fx.Graph) -> list[str]:
         """Operations that cannot be said in ONNX."""
@@ -33,13 +32,7 @@ class Onnx:
 
         return untranslatable(graph)
 
-    def emit(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        progress: Progress,
-    ) -> None:
+    def emit(self, graphs: Graphs, weights: Weights, folder: Path, progress: Progress) -> None:
         """``NAME.onnx`` for each graph."""
         require(_PACKAGES, "onnx", "cachegraph[onnx]")
         from .convert import to_onnx
@@ -50,11 +43,7 @@ class Onnx:
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
     def open(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        device: torch.device,
+        self, graphs: Graphs, weights: Weights, folder: Path, device: torch.device
     ) -> list[StepFunction]:
         """A session of onnxruntime for each graph; they share the weights in memory."""
         require(_PACKAGES, "onnx", "cachegraph[onnx]")
@@ -76,11 +65,8 @@ def require(packages: Sequence[str], backend: str, extra: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise BackendError(
-            f"backend {backend} needs packages that are not installed",
-            found=f"no {', '.join(missing)}",
-            remedy=f"pip install '{extra}'",
-        )
+        what = f"backend {backend} needs packages that are not installed"
+        raise BackendError(what, found=f"no {', '.join(missing)}", remedy=f"pip install '{extra}'")
 
 
 def _provider(available: Sequence[str], device: torch.device) -> str:
@@ -96,11 +82,7 @@ def _provider(available: Sequence[str], device: torch.device) -> str:
 
 
 def _function(
-    path: Path,
-    graph: NamedGraph,
-    provider: str,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
+    path: Path, graph: NamedGraph, provider: str, weights: Weights, device: torch.device
 ) -> StepFunction:
     """A session as a function of flat tensors."""
     from onnxruntime import OrtValue
@@ -109,21 +91,14 @@ def _function(
     session = _session(path, model, provider, device.index or 0)
     found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
     if found != [*graph.inputs, *stored, *graph.outputs]:
-        raise BackendError(
-            "the ONNX file has other inputs and outputs than the graph",
-            place=str(path),
-            remedy="compile again",
-        )
+        what = "the ONNX file has other inputs and outputs than the graph"
+        raise BackendError(what, place=str(path), remedy="compile again")
     held = {name: OrtValue.from_dlpack(tensor) for name, tensor in stored.items()}
 
     # Values do not own the tensors, so the weights must live as long as the function does.
     def call(*tensors: Tensor, _kept: Any = stored) -> list[Tensor]:
         given = [tensor.detach().contiguous() for tensor in tensors]
-        sizes = graph.sizes_of(given)
-        made = [
-            torch.empty(spec.sizes(sizes), dtype=spec.dtype, device=device)
-            for spec in graph.outputs.values()
-        ]
+        made = graph.empty_outputs(given, device)
         binding = session.io_binding()
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
@@ -139,9 +114,7 @@ def _function(
     return call
 
 
-def _with_weights_as_inputs(
-    path: Path, weights: Mapping[str, Tensor]
-) -> tuple[bytes, dict[str, Tensor]]:
+def _with_weights_as_inputs(path: Path, weights: Weights) -> tuple[bytes, dict[str, Tensor]]:
     """A file as a model that is handed its weights, and these.
 
     A session copies every weight that its file refers to, whoever supplies it; of an input it reads

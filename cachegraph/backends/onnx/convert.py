@@ -135,10 +135,7 @@ def _translate(program: torch.export.ExportedProgram, graph: NamedGraph) -> ir.M
     _fx_passes.insert_type_promotion_nodes(program.graph_module)
     _fx_passes.remove_assertion_nodes(program.graph_module)
     model = _core._exported_program_to_onnx_program(program, registry=registry).model
-    for values, names in (
-        (model.graph.inputs, graph.inputs),
-        (model.graph.outputs, graph.outputs),
-    ):
+    for values, names in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name
     return model
@@ -215,10 +212,8 @@ def _roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
         length = op.Shape(self, start=axis, end=axis + 1)
         by = _whole(shift) if isinstance(shift, int) else op.Reshape(shift, _whole(-1))
         cut = op.Mod(op.Sub(length, by), length)
-        front, back = (
-            op.Slice(self, _whole(0), cut, _whole(axis)),
-            op.Slice(self, cut, length, _whole(axis)),
-        )
+        front = op.Slice(self, _whole(0), cut, _whole(axis))
+        back = op.Slice(self, cut, length, _whole(axis))
         self = op.Concat(back, front, axis=axis)
     return self
 
@@ -310,12 +305,8 @@ def _name_sizes(model: ir.Model, graph: NamedGraph) -> None:
                 names[str(made_up)] = dim
     for value in (*ends, *(out for node in model.graph for out in node.outputs)):
         if value.shape is not None:
-            dims = TensorSpec(tuple(map(_dim, value.shape)), torch.bool).renamed(names).shape
-            value.shape = ir.Shape(dims)
-
-
-def _dim(dim: int | ir.SymbolicDim) -> int | str:
-    return dim if isinstance(dim, int) else str(dim)
+            dims = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+            value.shape = ir.Shape(TensorSpec(dims, torch.bool).renamed(names).shape)
 
 
 def _keep_module_path(node: ir.Node) -> None:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from cachegraph.backends import Progress
-from cachegraph.backends.named import NamedGraph
+from cachegraph.backends import AheadOfTime, Graphs, Progress, Weights
 from cachegraph.backends.onnx.backend import Onnx, require
 from cachegraph.errors import BackendError
 from cachegraph.folders import cache_folder, make_folder
@@ -47,24 +46,17 @@ class Machine:
     gpu: str
 
 
-class TensorRT:
+class TensorRT(AheadOfTime):
     """One engine a graph; sizes that vary are profiles of the same engine."""
 
     name = "tensorrt"
-    exact = False
 
     def check(self, graph: fx.Graph) -> list[str]:
         """Operations that cannot be said in ONNX; :meth:`emit` checks what they became."""
         this_machine()
         return Onnx().check(graph)
 
-    def emit(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        progress: Progress,
-    ) -> None:
+    def emit(self, graphs: Graphs, weights: Weights, folder: Path, progress: Progress) -> None:
         """``NAME.onnx``, ``NAME.engine`` and the bindings of each graph."""
         machine = this_machine()
         from cachegraph.backends.onnx.convert import to_onnx
@@ -80,6 +72,7 @@ class TensorRT:
 
         plans = {name: binding_plan(graph) for name, graph in graphs.items()}
         content = _content_of(weights)
+        known = cache_folder(f"tensorrt-{machine.tensorrt}") / machine.gpu.replace(" ", "-")
         with tempfile.TemporaryDirectory(prefix="cachegraph-") as beside:
             save_weights(distinct(weights)[0], Path(beside) / WEIGHTS_FILE)
             for name, model in models.items():
@@ -88,7 +81,7 @@ class TensorRT:
                 source = Path(beside) / f"{name}.onnx"
                 source.write_bytes(serialized)
                 key = _digest(serialized, content, json.dumps(list(map(asdict, plans[name]))))
-                kept = _cache_folder(machine) / f"{key}.engine"
+                kept = make_folder(known) / f"{key}.engine"
                 if not kept.is_file():
                     engine = build_engine(source, model, plans[name], kept.parent, progress)
                     _write_whole(kept, engine)
@@ -100,11 +93,7 @@ class TensorRT:
         (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
     def open(
-        self,
-        graphs: Mapping[str, NamedGraph],
-        weights: Mapping[str, Tensor],
-        folder: Path,
-        device: torch.device,
+        self, graphs: Graphs, weights: Weights, folder: Path, device: torch.device
     ) -> list[StepFunction]:
         """An engine with the artifact's weights for each graph."""
         machine = this_machine()
@@ -158,20 +147,13 @@ def refuse_other_machine(built: Machine, here: Machine) -> None:
     remedy = (
         'compile again here, or load with another backend: cachegraph.load(..., backend="onnx")'
     )
-    if built.tensorrt != here.tensorrt:
-        raise BackendError(
-            "the engines were built by another version of TensorRT",
-            expected=here.tensorrt,
-            found=built.tensorrt,
-            remedy=remedy,
-        )
-    if built.gpu != here.gpu:
-        raise BackendError(
-            "the engines were built for another GPU",
-            expected=here.gpu,
-            found=built.gpu,
-            remedy=remedy,
-        )
+    for what, expected, found in (
+        ("by another version of TensorRT", here.tensorrt, built.tensorrt),
+        ("for another GPU", here.gpu, built.gpu),
+    ):
+        if found != expected:
+            what = f"the engines were built {what}"
+            raise BackendError(what, expected=expected, found=found, remedy=remedy)
 
 
 def refuse_unsupported(models: Mapping[str, onnx.ModelProto]) -> None:
@@ -190,7 +172,7 @@ def refuse_unsupported(models: Mapping[str, onnx.ModelProto]) -> None:
         raise BackendError("TensorRT cannot take these operators", found="; ".join(found))
 
 
-def _content_of(weights: Mapping[str, Tensor]) -> str:
+def _content_of(weights: Weights) -> str:
     """Engines are chosen for the very numbers, though they do not hold them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
@@ -203,12 +185,6 @@ def _content_of(weights: Mapping[str, Tensor]) -> str:
 def _digest(*parts: str | bytes) -> str:
     encoded = (part.encode() if isinstance(part, str) else part for part in parts)
     return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in encoded)).hexdigest()
-
-
-def _cache_folder(machine: Machine) -> Path:
-    """Where engines are kept between compilations, one folder a machine."""
-    folder = cache_folder(f"tensorrt-{machine.tensorrt}") / machine.gpu.replace(" ", "-")
-    return make_folder(folder)
 
 
 def _write_whole(path: Path, content: bytes) -> None:

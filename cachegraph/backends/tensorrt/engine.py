@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -13,7 +13,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from cachegraph.backends import Progress
+from cachegraph.backends import Progress, Weights
 from cachegraph.backends.named import NamedGraph
 from cachegraph.backends.onnx.convert import MODULE
 from cachegraph.errors import BackendError
@@ -66,11 +66,7 @@ class _Monitor(trt.IProgressMonitor):
 
 
 def build_engine(
-    source: Path,
-    model: onnx.ModelProto,
-    plan: Sequence[Binding],
-    cache: Path,
-    progress: Progress,
+    source: Path, model: onnx.ModelProto, plan: Sequence[Binding], cache: Path, progress: Progress
 ) -> bytes:
     """Build an engine without weights.
 
@@ -91,7 +87,9 @@ def build_engine(
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source)):
-        raise _refused(model, [_told(parser.get_error(i)) for i in range(parser.num_errors)])
+        errors = map(parser.get_error, range(parser.num_errors))
+        told = [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]
+        raise _refused(model, told)
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
@@ -112,11 +110,7 @@ def build_engine(
 
 
 def open_engine(
-    path: Path,
-    source: Path,
-    graph: NamedGraph,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
+    path: Path, source: Path, graph: NamedGraph, weights: Weights, device: torch.device
 ) -> StepFunction:
     """Read an engine, fill it with weights and make it a function of flat tensors.
 
@@ -144,21 +138,13 @@ def open_engine(
 
 
 def _function(
-    path: Path,
-    context: trt.IExecutionContext,
-    graph: NamedGraph,
-    device: torch.device,
-    log: _Log,
+    path: Path, context: trt.IExecutionContext, graph: NamedGraph, device: torch.device, log: _Log
 ) -> StepFunction:
     lock = Lock()  # a context serves one call at a time
 
     def call(*tensors: Tensor) -> list[Tensor]:
         given = [tensor.contiguous() for tensor in tensors]
-        sizes = graph.sizes_of(given)
-        made = [
-            torch.empty(spec.sizes(sizes), dtype=spec.dtype, device=device)
-            for spec in graph.outputs.values()
-        ]
+        made = graph.empty_outputs(given, device)
         stream = torch.cuda.current_stream(device)
         with lock, torch.cuda.device(device):
             log.errors.clear()
@@ -173,7 +159,8 @@ def _function(
             )
             # torch frees in the order of the stream, so what is given lives until it was used.
             if not (ready and context.execute_async_v3(stream.cuda_stream)):
-                raise _unusable(path, f"the engine cannot run with the sizes {sizes}", log.errors)
+                what = f"the engine cannot run with the sizes {graph.sizes_of(given)}"
+                raise _unusable(path, what, log.errors)
         return made
 
     return call
@@ -202,11 +189,8 @@ def _check_bindings(path: Path, engine: trt.ICudaEngine, graph: NamedGraph) -> N
             found=str({k: v for k, v in found.items() if wanted.get(k) != v}),
         )
     if on_host := [name for name in names if engine.is_shape_inference_io(name)]:
-        raise BackendError(
-            "the engine reads the contents of inputs to know sizes",
-            place=str(path),
-            found=", ".join(on_host),
-        )
+        what = "the engine reads the contents of inputs to know sizes"
+        raise BackendError(what, place=str(path), found=", ".join(on_host))
 
 
 def _fixed(shape: Sequence[int | str]) -> tuple[int, ...]:
@@ -214,11 +198,7 @@ def _fixed(shape: Sequence[int | str]) -> tuple[int, ...]:
 
 
 def _refit(
-    path: Path,
-    engine: trt.ICudaEngine,
-    model: onnx.ModelProto,
-    weights: Mapping[str, Tensor],
-    log: _Log,
+    path: Path, engine: trt.ICudaEngine, model: onnx.ModelProto, weights: Weights, log: _Log
 ) -> None:
     """Give the engine every weight that it was stripped of."""
     small = {
@@ -243,10 +223,6 @@ def _refit(
     torch.cuda.current_stream().synchronize()  # weights may still be on their way to the GPU
     if not refitter.refit_cuda_engine():
         raise _unusable(path, "the engine cannot be filled with weights", log.errors)
-
-
-def _told(error: trt.ParserError) -> str:
-    return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
 
 
 def _refused(model: onnx.ModelProto, errors: Sequence[str]) -> BackendError:

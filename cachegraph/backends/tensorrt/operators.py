@@ -8,7 +8,6 @@ listed; any other is refused as unknown here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -61,28 +60,6 @@ CONSTANT_INPUTS: dict[str, int] = {
 }
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why TensorRT would not take a node.
-
-    Attributes:
-        node: its name.
-        operator: such as ``TopK``.
-        module: path of the module that it was traced in, or an empty string.
-        reason: in a few words.
-    """
-
-    node: str
-    operator: str
-    module: str
-    reason: str
-
-    def __str__(self) -> str:
-        """``TopK (node topk_0, blocks.0.mlp): K is 4096, at most 3839``."""
-        place = f"node {self.node}" + (f", {self.module}" if self.module else "")
-        return f"{self.operator} ({place}): {self.reason}"
-
-
 class _Facts:
     """Types, shapes and constants of a model's values by name."""
 
@@ -129,23 +106,26 @@ def in_single_precision(model: onnx.ModelProto) -> onnx.ModelProto:
     return changed
 
 
-def refusals(model: onnx.ModelProto) -> list[Refusal]:
+def refusals(model: onnx.ModelProto) -> list[str]:
     """Everything in a model that TensorRT's parser would refuse; changes nothing.
 
     Args:
         model: as converted; the contents of its weights are not looked at.
+
+    Returns:
+        Such as ``TopK (node topk_0, blocks.0.mlp): K is 4096, at most 3839``: the module is that
+        which the node was traced in, if known.
     """
     facts = _Facts(model)
-    found = [
-        Refusal(node.name, node.op_type, _module(node), reason)
-        for node in model.graph.node
-        for reason in _reasons(node, facts)
-    ]
+    found = []
+    for node in model.graph.node:
+        place = f"node {node.name}" + (f", {module}" if (module := _module(node)) else "")
+        found += [f"{node.op_type} ({place}): {reason}" for reason in _reasons(node, facts)]
     for entry in model.opset_import:
         if entry.domain not in ("", "ai.onnx"):
-            found.append(Refusal("", "import", "", f"the domain {entry.domain} is unknown"))
+            found.append(f"import (node ): the domain {entry.domain} is unknown")
         elif not FIRST_OPSET <= entry.version <= LAST_OPSET:
-            found.append(Refusal("", "import", "", f"opset {entry.version}"))
+            found.append(f"import (node ): opset {entry.version}")
     return found
 
 
