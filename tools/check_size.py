@@ -17,28 +17,28 @@ MAX_FUNCTION = 50
 MAX_PRODUCT = 20_022  # cachegraph and passes together
 # What each folder of the product may have, in lines; files beside them count for "cachegraph".
 BUDGETS = {
-    "cachegraph": 600,
-    "zoo": 1_500,
-    "model": 1_550,
-    "config": 520,
-    "plan": 750,
-    "methods": 1_550,
-    "schedule": 550,
-    "graph": 1_950,
-    "passes": 1_100,
-    "runtime": 1_450,
-    "backends": 2_120,
-    "artifact": 770,
-    "compiler": 1_150,
-    "oracle": 660,
-    "show": 880,
-    "calibrate": 790,
-    "bench": 1_170,
-    "cli": 1_290,
+    "cachegraph": 540,
+    "zoo": 1_370,
+    "model": 1_530,
+    "config": 530,
+    "plan": 780,
+    "methods": 1_700,
+    "schedule": 450,
+    "graph": 2_010,
+    "passes": 1_110,
+    "runtime": 1_240,
+    "backends": 1_950,
+    "artifact": 1_050,
+    "compiler": 1_310,
+    "oracle": 620,
+    "show": 850,
+    "calibrate": 770,
+    "bench": 1_130,
+    "cli": 1_220,
 }
 # From a model to what runs it.
 ENGINE = tuple(list(BUDGETS)[2:13])
-MAX_ENGINE = 13_400
+MAX_ENGINE = 13_600
 
 PRODUCT = ("cachegraph", "passes")
 FOLDERS = (*PRODUCT, "schedules", "tests", "tools")
