@@ -14,31 +14,31 @@ from pathlib import Path
 
 MAX_FILE = 400
 MAX_FUNCTION = 50
-MAX_PRODUCT = 20_022  # cachegraph and passes together
+MAX_PRODUCT = 21_600  # cachegraph and passes together
 # What each folder of the product may have, in lines; files beside them count for "cachegraph".
 BUDGETS = {
-    "cachegraph": 540,
+    "cachegraph": 660,
     "zoo": 1_370,
-    "model": 1_530,
+    "model": 2_120,
     "config": 530,
     "plan": 780,
     "methods": 1_700,
     "schedule": 450,
-    "graph": 2_010,
+    "graph": 2_100,
     "passes": 1_110,
-    "runtime": 1_240,
-    "backends": 1_950,
-    "artifact": 1_050,
-    "compiler": 1_310,
+    "runtime": 1_530,
+    "backends": 1_970,
+    "artifact": 1_370,
+    "compiler": 1_400,
     "oracle": 620,
     "show": 850,
     "calibrate": 770,
     "bench": 1_130,
-    "cli": 1_220,
+    "cli": 1_260,
 }
 # From a model to what runs it.
 ENGINE = tuple(list(BUDGETS)[2:13])
-MAX_ENGINE = 13_600
+MAX_ENGINE = 15_000
 
 PRODUCT = ("cachegraph", "passes")
 FOLDERS = (*PRODUCT, "schedules", "tests", "tools")
