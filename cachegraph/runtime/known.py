@@ -64,11 +64,17 @@ def prologue_name(variant: str) -> str:
     return f"{variant}-prologue"
 
 
+@dataclass
 class _Lasting:
     """An input that stays the same throughout a trajectory."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version, self.copy = tensor, _version(tensor), tensor.clone()
+    tensor: Tensor
+    version: int
+    copy: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Lasting:
+        return cls(tensor, _version(tensor), tensor.clone())
 
     def is_same(self, tensor: Tensor) -> bool:
         """Compares the contents where the tensor is another one, was written to, or is small.
@@ -104,7 +110,7 @@ class KnownValues:
         Args:
             inputs: the model's.
         """
-        self._lasting = [_Lasting(inputs[i]) for i in self._program.lasting]
+        self._lasting = [_Lasting.of(inputs[i]) for i in self._program.lasting]
         self._rows.clear()
         request = self._prologues.request
         made = request(*inputs) if request is not None else ()

@@ -126,14 +126,12 @@ def _job(graph: NamedGraph, weights: Weights, device: torch.device) -> str:
         node.pop("spec", None)
     names = sorted({str(n.target) for n in graph.module.graph.find_nodes(op="get_attr")})
     used = {name: stored_weight(weights, name) for name in names}
-    small = {k: t for k, t in used.items() if t.numel() <= _INLINED}  # complex ones as pairs
-    small = {k: torch.view_as_real(t) if t.is_complex() else t for k, t in small.items()}
     sizes = graph.example_sizes()
     return json.dumps(
         {
             "nodes": nodes,
             "weights": {name: str(TensorSpec.of(tensor)) for name, tensor in used.items()},
-            "values": {k: t.tolist() for k, t in small.items()},
+            "values": {k: _numbers(t) for k, t in used.items() if t.numel() <= _INLINED},
             "inputs": [str(spec) for spec in graph.inputs.values()],
             "sizes": {name: sizes[name] if name == BATCH else _TOKENS for name in sizes},
             "built_for": _machine(device),
@@ -142,6 +140,11 @@ def _job(graph: NamedGraph, weights: Weights, device: torch.device) -> str:
             "code": [Path(__file__).parents[1].joinpath(name).read_text() for name in _SOURCES],
         }
     )
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """As JSON has them; complex ones are pairs."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).tolist()
 
 
 def compiler_settings() -> dict[str, str]:
