@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree
+
+from cachegraph.spec import spec_text
 
 Body = tuple[fx.Graph, list[fx.Node]]  # of a cache operation: its graph, and the graph's inputs
 
@@ -32,6 +34,7 @@ class Shapes:
     _values: dict[Hashable, Any] = field(default_factory=dict)
     _specs: dict[Hashable, int] = field(default_factory=dict)
     _known: dict[int, tuple[int, Any]] = field(default_factory=dict)  # id -> spec, the value itself
+    _texts: dict[int, str] = field(default_factory=dict)  # by spec
 
     def key(self, node: fx.Node) -> Hashable:
         """What decides the shape of a call's value: specs of its inputs, and which are the same.
@@ -39,11 +42,9 @@ class Shapes:
         Raises:
             KeyError: an input of the node has no recorded value.
         """
-        place = {given: i for i, given in enumerate(node.all_input_nodes)}
-        call = fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: (place[n], self.spec(n.meta["val"]))
-        )
-        return node.target, repr(call)
+        given = {n: (i, self.spec(n.meta["val"])) for i, n in enumerate(node.all_input_nodes)}
+        keywords = tuple((name, frozen(value, given)) for name, value in node.kwargs.items())
+        return node.target, frozen(node.args, given), keywords
 
     def evaluate(self, node: fx.Node) -> Any:
         """What a call makes of the recorded values of its inputs: shapes only, no data.
@@ -71,6 +72,28 @@ class Shapes:
             # The value is kept alive, so that no other gets its id.
             known = self._known[id(value)] = number, value
         return known[0]
+
+    def text(self, value: Any) -> str:
+        """:func:`spec_text`, written once for equal specs: symbols take long to print."""
+        number = self.spec(value)
+        if number not in self._texts:
+            self._texts[number] = spec_text(value)
+        return self._texts[number]
+
+
+def frozen(value: Any, given: Mapping[fx.Node, Hashable]) -> Hashable:
+    """An argument as a key: types count, for 1 equals True and 1.0."""
+    if isinstance(value, fx.Node):
+        return fx.Node, given[value]
+    if isinstance(value, list | tuple):
+        return type(value).__name__, *(frozen(v, given) for v in value)
+    if value is None or isinstance(value, int | str | torch.dtype):
+        return type(value), value
+    return type(value), repr(value if not isinstance(value, dict) else _items(value, given))
+
+
+def _items(value: dict[Any, Any], given: Mapping[fx.Node, Hashable]) -> list[Hashable]:
+    return [(key, frozen(v, given)) for key, v in value.items()]
 
 
 def _description(value: Any) -> Hashable:
