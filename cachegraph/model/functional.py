@@ -89,7 +89,8 @@ def _is_known(node: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
     if target in _RESOLVED:
         return _is_plain(node, sizes)
     if target is _SIZE:
-        return sizes[str(node.meta["val"])] is node and node.args[0].op == "placeholder"
+        source = node.all_input_nodes[0]
+        return sizes[str(node.meta["val"])] is node and source.op == "placeholder"
     value = node.meta.get("val")
     composite = target._can_decompose()
     return not (composite or target._schema.is_mutable or isinstance(value, torch.SymInt))

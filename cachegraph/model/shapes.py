@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +106,7 @@ class Shapes:
         return self._forms[spec]
 
     def _symbols(self) -> dict[str, sympy.Expr]:
-        sizes = (size for value in self.inputs.values() for size in value.shape)
+        sizes: Iterator[Any] = (size for value in self.inputs.values() for size in value.shape)
         return {str(s): s.node.expr for s in sizes if isinstance(s, torch.SymInt)}
 
     def _renamed(self, value: Any, old: Names, new: Names) -> Any:
@@ -171,13 +171,13 @@ def _substituted(value: Any, symbols: Mapping[sympy.Expr, sympy.Expr]) -> Any:
         form: Any = number.node
         return form.shape_env.create_symintnode(form.expr.xreplace(symbols), hint=form.hint)
 
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return size(value)
-        mode: Any = value.fake_mode
-        sizes, strides = (tuple(map(size, given)) for given in (value.shape, value.stride()))
-        with mode:
-            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    def leaf(old: Any) -> Any:
+        if not isinstance(old, Tensor):
+            return size(old)
+        fake: Any = old
+        sizes, strides = (tuple(map(size, given)) for given in (fake.shape, fake.stride()))
+        with fake.fake_mode:
+            return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device)
 
     return _pytree.tree_map(leaf, value)
 
