@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode  # noqa: TID251 - has no public name
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from cachegraph.model import shapes
