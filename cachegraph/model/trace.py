@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from cachegraph.errors import ModelError, SiteError, TraceError
 from cachegraph.spec import TensorSpec
 
+from .functional import functional
 from .signature import CallSignature, call_arguments, make_signature
 from .site import VALUE, Site
 from .sites import find_sites, find_stack
@@ -94,9 +95,8 @@ def trace(
     with _unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
         program, reason = _export(model, arguments, dynamic_batch)
-        program = program.run_decompositions({})
-    _refuse_mutation(program)
-    flat = _flatten(program, len(_pytree.tree_leaves(arguments)))
+        source = functional(program)
+    flat = _flatten(source, len(_pytree.tree_leaves(arguments)))
     return _finish(model, flat, arguments, program, reason)
 
 
@@ -201,21 +201,8 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def _refuse_mutation(program: ExportedProgram) -> None:
-    signature = program.graph_signature
-    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    if changed:
-        kind = "buffers" if signature.buffers_to_mutate else "its inputs"
-        raise TraceError(
-            f"the model changes {kind} when it is called",
-            expected="a forward without state",
-            found=", ".join(sorted(set(changed.values()))),
-        )
-
-
-def _flatten(program: ExportedProgram, leaves: int) -> fx.GraphModule:
+def _flatten(source: fx.GraphModule, leaves: int) -> fx.GraphModule:
     """A graph of aten calls with one placeholder a tensor and nodes named by their order."""
-    source = program.module(check_guards=False)
     _inline_autocast(source)
     graph = fx.Graph()
     made: dict[fx.Node, Any] = {}
