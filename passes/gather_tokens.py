@@ -113,16 +113,20 @@ class _Region:
         """The nodes on a path from the source to the value, both included, in order."""
         behind, queue = {value}, [value]
         while queue:
-            new = [a for a in queue.pop().all_input_nodes if a not in behind]
+            # What stands in front of the source cannot depend on it.
+            inputs = queue.pop().all_input_nodes
+            new = [a for a in inputs if a not in behind and not a < self.source]
             behind.update(new)
             queue += new
-        carrying = {self.source}
-        for node in self.graph.nodes:
-            if node in behind and any(a in carrying for a in node.all_input_nodes):
-                carrying.add(node)
-        if value not in carrying:
+        carrying = [self.source]
+        found = {self.source}
+        for node in sorted(behind):
+            if any(a in found for a in node.all_input_nodes):
+                carrying.append(node)
+                found.add(node)
+        if value not in found:
             raise self.refusal(value, f"does not depend on the stream {self.source.name}")
-        return [node for node in self.graph.nodes if node in carrying and node in behind]
+        return carrying
 
     def _copy_of(self, node: fx.Node) -> fx.Node:
         return self.copies[node][0] if node in self.copies else node

@@ -68,6 +68,8 @@ class _Insertion:
     writes: dict[tuple[int, int], tuple[fx.Node, Slot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.places = {site.name: i for i, site in enumerate(self.step.sites)}
+        self.by_name = {node.name: node for node in self.step.graph.nodes}
         self.constants = self._add_constants()
         self.first = next(
             n for n in self.step.graph.nodes if n.op not in ("placeholder", "get_attr")
@@ -81,7 +83,7 @@ class _Insertion:
     def sites(self) -> int:
         """Rewrite every site; returns how many rewrites."""
         step = self.step
-        order = {site.name: i for i, site in enumerate(step.sites)}
+        order = self.places
         values = sorted(step.value_nodes(), key=lambda v: (order[v[0].name], v[1]))
         rewrites = 0
         for site, index, value in values:
@@ -148,11 +150,11 @@ class _Insertion:
         chooser, graph = self.chooser, self.step.graph
         if chooser is None:
             raise ValueError("a refresh without a selection")
-        stream = next(n for n in graph.nodes if n.name == site.source)
+        stream = self.by_name[site.source]
         age = self._read_extra(site, AGE, value)
         entropy = self._entropy_before(site, at, value)
         behind = stream if stream.op != "placeholder" else self.first
-        behind = max((behind, entropy or behind), key=list(graph.nodes).index)
+        behind = max(behind, entropy or behind)
         with _after(graph, behind):
             score = chooser.score(site, stream, old, age, entropy)
             picked = chooser.chosen_now(site, age, score)
@@ -248,7 +250,7 @@ class _Insertion:
         return node
 
     def _place(self, slot: Slot) -> tuple[int, int, int, int]:
-        site = next(i for i, s in enumerate(self.step.sites) if s.name == slot.site)
+        site = self.places[slot.site]
         extra = list(EXTRAS).index(slot.value) + 1 if slot.value in EXTRAS else 0
         return site, extra, slot.value, slot.age
 

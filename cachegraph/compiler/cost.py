@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cachegraph.graph.binding import Binding
 from cachegraph.graph.step_graph import CONSTANT, StepGraph, merge_prologues, request_values
 from cachegraph.plan.cost import PlanCost
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.slot import ConstantKind, StepConstant
-from cachegraph.spec import TensorSpec, evaluate
+from cachegraph.spec import TensorSpec
+
+from .sized import SizedCalls
 
 
 def plan_cost(
@@ -37,24 +36,28 @@ def plan_cost(
         weights: the weight store.
         symbols: a size for every shape symbol.
     """
-    counted = [count_flops(step.module, symbols, _token_symbols(step)) for step in graphs]
-    before = [count_flops(step.prologue, symbols).fixed if step.prologue else 0 for step in graphs]
+    calls = SizedCalls()
+    counted = [count_flops(step.module, symbols, _token_symbols(step), calls) for step in graphs]
+    before = [
+        count_flops(step.prologue, symbols, calls=calls).fixed if step.prologue else 0
+        for step in graphs
+    ]
     flops = [
         before[v] + counted[v].at(token_sizes(graphs[v], step))
         for step, v in enumerate(plan.variant_of)
     ]
     request = merge_prologues([step.request for step in graphs if step.request is not None])
     if request is not None:
-        flops[0] += count_flops(request, symbols).fixed
+        flops[0] += count_flops(request, symbols, calls=calls).fixed
     cost = PlanCost(
         symbols=dict(symbols),
         flops=tuple(flops),
-        full_flops=count_flops(full, symbols).fixed,
+        full_flops=count_flops(full, symbols, calls=calls).fixed,
         cache_bytes=plan.cache_bytes(symbols),
         known_bytes=known_bytes(plan, graphs, symbols, ahead=True),
         weight_bytes=sum({t.data_ptr() or id(t): t.nbytes for t in weights.values()}.values()),
     )
-    return replace(cost, peak_bytes=predict_peaks(plan, graphs, cost, compiled=True))
+    return replace(cost, peak_bytes=predict_peaks(plan, graphs, cost, compiled=True, calls=calls))
 
 
 def known_bytes(
@@ -79,22 +82,28 @@ def _row_bytes(step: StepGraph, symbols: Mapping[str, int]) -> int:
 
 
 def predict_peaks(
-    plan: Plan, graphs: Sequence[StepGraph], cost: PlanCost, *, compiled: bool
+    plan: Plan,
+    graphs: Sequence[StepGraph],
+    cost: PlanCost,
+    *,
+    compiled: bool,
+    calls: SizedCalls | None = None,
 ) -> tuple[int, ...]:
     """Most bytes in use at a time during each step: weights, inputs, slots, known values and work.
 
     The steps of a variant are taken for as large as the one that recomputes the most tokens. With
     ``compiled`` the backend fuses operators and computes known values ahead of time.
     """
-    symbols = cost.symbols
+    symbols, calls = cost.symbols, calls or SizedCalls()
     known = known_bytes(plan, graphs, symbols, ahead=compiled)
     work, before = [], {}
     for step in graphs:
         steps = step.variant.steps
         tokens = max((token_sizes(step, s) for s in steps), key=lambda found: sum(found.values()))
-        work.append(working_bytes(step.module, {**symbols, **tokens}, fused=compiled)[0])
+        sizes = {**symbols, **tokens}
+        work.append(working_bytes(step.module, sizes, fused=compiled, calls=calls)[0])
         if step.prologue is not None:
-            most, made = working_bytes(step.prologue, symbols)
+            most, made = working_bytes(step.prologue, symbols, calls=calls)
             row, first, count = _row_bytes(step, symbols), steps[0], len(steps) if compiled else 1
             # Ahead of time, rows are copied out of what was computed for all steps, table by table.
             table = max(k.spec.nbytes(symbols) for k in step.known if k.binding is Binding.STEP)
@@ -112,7 +121,11 @@ def predict_peaks(
 
 
 def working_bytes(
-    module: fx.GraphModule, symbols: Mapping[str, int], *, fused: bool = False
+    module: fx.GraphModule,
+    symbols: Mapping[str, int],
+    *,
+    fused: bool = False,
+    calls: SizedCalls | None = None,
 ) -> tuple[int, int]:
     """Most bytes that one call of a graph allocates at a time, and bytes of its outputs.
 
@@ -122,8 +135,7 @@ def working_bytes(
     it themselves, and takes the place of an input of its size that is needed no more: roughly what
     inductor does.
     """
-    with _fake_mode(module), torch.no_grad():
-        held = {node: storages([value]) for node, value in _evaluated(module, symbols)}
+    held = {node: blocks for node, blocks, _ in (calls or SizedCalls()).run(module, symbols)}
     nodes = list(module.graph.nodes)
     inlined = {n for n in nodes if fused and _is_pointwise(n) and all(map(_fuses, n.users))}
     reads: dict[fx.Node, set[int]] = {}  # storages, through what is inlined
@@ -208,7 +220,10 @@ class FlopCount:
 
 
 def count_flops(
-    module: fx.GraphModule, symbols: Mapping[str, int], token_symbols: Sequence[str] = ()
+    module: fx.GraphModule,
+    symbols: Mapping[str, int],
+    token_symbols: Sequence[str] = (),
+    calls: SizedCalls | None = None,
 ) -> FlopCount:
     """FLOPs of one call, from shapes alone: nothing is computed and no weight is touched.
 
@@ -217,39 +232,16 @@ def count_flops(
         symbols: a size for every other shape symbol.
         token_symbols: symbols of numbers of recomputed tokens. What is done for such tokens is
             done one by one, so its cost is counted for one and multiplied.
+        calls: what is known of calls, to be shared by several graphs.
     """
     sizes = {**symbols, **dict.fromkeys(token_symbols, 1)}
-    fixed, before = 0, 0
-    per_token = dict.fromkeys(token_symbols, 0)
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with _fake_mode(module), counter, torch.no_grad(), _quiet():
-        for node, _ in _evaluated(module, sizes):
-            spent = int(counter.get_total_flops()) - before if token_symbols else 0
-            before += spent
-            for symbol in _symbols_of(node) & per_token.keys() if spent else ():
-                per_token[symbol] += spent
-                spent = 0
-            fixed += spent
-        total = int(counter.get_total_flops())
-    return FlopCount(fixed if token_symbols else total, per_token)
-
-
-def _fake_mode(module: fx.GraphModule) -> Any:
-    return module.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode
-
-
-def _evaluated(module: fx.GraphModule, symbols: Mapping[str, int]) -> Iterator[tuple[fx.Node, Any]]:
-    """Every node with its value, in order; to be called under :func:`_fake_mode`."""
-    env: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            env[node] = _empty(node, symbols)
-        elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = node.target(*args, **kwargs)
-        else:
-            continue
-        yield node, env[node]
+    fixed, per_token = 0, dict.fromkeys(token_symbols, 0)
+    for node, _, spent in (calls or SizedCalls()).run(module, sizes):
+        for symbol in _symbols_of(node) & per_token.keys() if spent and per_token else ():
+            per_token[symbol] += spent
+            spent = 0
+        fixed += spent
+    return FlopCount(fixed, per_token)
 
 
 def _symbols_of(node: fx.Node) -> set[str]:
@@ -272,39 +264,3 @@ def _token_symbols(step: StepGraph) -> list[str]:
 def token_sizes(graph: StepGraph, step: int) -> dict[str, int]:
     """Symbol -> how many tokens a step recomputes."""
     return {symbol: len(constant.values[step]) for symbol, constant in _token_inputs(graph)}
-
-
-def _attention_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
-) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-# torch counts the attention kernels of GPUs only, so a trace on the CPU would seem cheaper.
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
-def _empty(node: fx.Node, symbols: Mapping[str, int]) -> Any:
-    value = node.meta["val"]
-    if not isinstance(value, Tensor):
-        return value
-    sizes = TensorSpec.of(value).sizes(symbols)
-    order = sorted(range(value.ndim), key=lambda d: _stride(value, d, symbols), reverse=True)
-    # A view may need the layout; gaps between rows, as in a slice of a weight, are closed.
-    return torch.empty_permuted(sizes, order, dtype=value.dtype, device=value.device)
-
-
-def _stride(value: Tensor, dim: int, symbols: Mapping[str, int]) -> int:
-    return evaluate(str(value.stride(dim)), symbols)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the notice about counting inside another dispatch mode."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -12,7 +12,6 @@ from torch import Tensor
 from cachegraph.errors import VerifyError
 from cachegraph.graph.binding import Binding, model_bindings
 from cachegraph.graph.step_graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
-from cachegraph.graph.text import digest, graph_text
 from cachegraph.graph.verify.rules import Given, verify
 from cachegraph.model.shapes import Shapes
 from cachegraph.model.trace import TracedModel
@@ -108,16 +107,17 @@ def _rewrite_one(
         order_depth=plan.order_depth,
         shapes=shapes,
     )
+    given.last = not passes
     verify(step, given, "trace")
-    for one in passes:
+    for i, one in enumerate(passes):
         started = time.perf_counter()
-        nodes = len(step.graph.nodes)
-        before = digest(graph_text(step))
+        nodes, before = len(step.graph.nodes), given.text
         rewrites = one.apply(step)
         _finish(step, one.name)
+        given.last = i == len(passes) - 1
         verify(step, given, one.name)
         # Weights that nothing uses are no part of the text.
-        changed = nodes != len(step.graph.nodes) or digest(graph_text(step)) != before
+        changed = nodes != len(step.graph.nodes) or given.text != before
         if changed != bool(rewrites):
             raise VerifyError(
                 f"the pass says that it made {rewrites} rewrites, "

@@ -118,18 +118,26 @@ def worth_hoisting(
     returned = set(graph.output_node().all_input_nodes)
     for node in known:
         once = steps if times[node] < Binding.STEP else 1
-        flow.add_edge("hoisted", node, capacity=costs.compute(node, 1))
+        flow.add_edge("hoisted", node, capacity=_exact(costs.compute(node, 1)))
         # A batch of all steps reads a weight once; what no step changes is computed once at all.
         hoisted = costs.compute(node, steps) / once
-        flow.add_edge(node, "body", capacity=math.inf if node in returned else hoisted)
+        flow.add_edge(node, "body", capacity=math.inf if node in returned else _exact(hoisted))
         flow.add_edges_from((node, n) for n in node.all_input_nodes if n in flow)
         kept = ("kept", node)
-        flow.add_edge(node, kept, capacity=costs.keep(node, times[node], steps))
+        flow.add_edge(node, kept, capacity=_exact(costs.keep(node, times[node], steps)))
         for user in node.users:
             in_step = times[user] is Binding.DYNAMIC
             flow.add_edge(kept, "body" if in_step else user)
     _, (side, _) = networkx.minimum_cut(flow, "hoisted", "body")
     return {n for n in known if n in side}
+
+
+def _exact(cost: float) -> float:
+    """A cost in whole 1024ths of a byte: what is equally good must not be told apart by rounding.
+
+    Sums of floats depend on their order, which differs from run to run.
+    """
+    return cost if cost == math.inf else round(cost * 1024)
 
 
 def is_size(node: fx.Node) -> bool:

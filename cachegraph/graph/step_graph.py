@@ -83,7 +83,7 @@ class StepGraph:
     @property
     def inputs(self) -> list[fx.Node]:
         """Every input: the model's, slots that are read, step constants, known values."""
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
+        return list(self.graph.find_nodes(op="placeholder"))
 
     @property
     def output(self) -> fx.Node:

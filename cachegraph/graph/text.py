@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from cachegraph.model.shapes import Shapes
 from cachegraph.model.site import Site
 from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse
 from cachegraph.plan.variant import Variant
-from cachegraph.spec import short_dtype, spec_text
+from cachegraph.spec import short_dtype
 
 from .ops import CACHE_OPS
 from .step_graph import CONSTANT, KNOWN, ORIGIN, SLOT, StepGraph
@@ -39,16 +40,19 @@ def graph_text(step: StepGraph) -> str:
 
     The graphs that run before the step, where there are any, follow in the same form.
     """
-    lines = [variant_line(step.variant, step.sites), *node_lines(step.graph)]
+    shapes = step.shapes
+    lines = [variant_line(step.variant, step.sites), *node_lines(step.graph, shapes)]
     if step.request is not None:
-        lines += ["", "once a trajectory", *node_lines(step.request.graph)]
+        lines += ["", "once a trajectory", *node_lines(step.request.graph, shapes)]
     if step.prologue is not None:
-        lines += ["", "once a trajectory, for all steps", *node_lines(step.prologue.graph)]
+        lines += ["", "once a trajectory, for all steps"]
+        lines += node_lines(step.prologue.graph, shapes)
     return "\n".join(lines) + "\n"
 
 
-def node_lines(graph: fx.Graph) -> Iterator[str]:
+def node_lines(graph: fx.Graph, shapes: Shapes | None = None) -> Iterator[str]:
     """One line a node."""
+    shapes = shapes or Shapes()
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
@@ -56,7 +60,7 @@ def node_lines(graph: fx.Graph) -> Iterator[str]:
             yield "return " + ", ".join(_argument(a) for a in node.args[0])
             continue
         line = f"%{node.name} = {_operation(node)}".ljust(_WIDTH)
-        line = f"{line} {spec_text(node.meta['val'])}" if "val" in node.meta else line
+        line = f"{line} {shapes.text(node.meta['val'])}" if "val" in node.meta else line
         if ORIGIN in node.meta:
             line += f"  # {node.meta[ORIGIN]}"
         yield line.rstrip()

@@ -20,6 +20,7 @@ from cachegraph.errors import ModelError, SiteError, TraceError
 from cachegraph.spec import TensorSpec
 
 from .conditions import failed
+from .functional import functional
 from .guards import branches, conditions_of, line_that_fixes
 from .signature import CallSignature, call_arguments, make_signature
 from .site import VALUE, Site
@@ -100,9 +101,8 @@ def trace(
     arguments = call_arguments(model, args, kwargs or {})
     with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
-        program, conditions, reason = _export(model, arguments, dynamic_batch)
-    _refuse_mutation(program)
-    flat = _flatten(program, len(_pytree.tree_leaves(arguments)))
+        program, source, conditions, reason = _export(model, arguments, dynamic_batch)
+    flat = _flatten(source, len(_pytree.tree_leaves(arguments)))
     found = _finish(model, flat, arguments, program, reason)
     return replace(found, conditions=conditions)
 
@@ -150,7 +150,7 @@ def _finish(
 
 def _export(
     model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool
-) -> tuple[ExportedProgram, tuple[str, ...], str]:
+) -> tuple[ExportedProgram, fx.GraphModule, tuple[str, ...], str]:
     """Export with a symbolic batch and its conditions where that works; else why it is fixed."""
     leaves = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if not leaves or not leaves[0].ndim:
@@ -165,16 +165,20 @@ def _export(
         example = _with_batch(arguments, batch, 2) if batch == 1 else arguments
         try:
             with branches() as asked:
-                program = _export_once(model, example, max(batch, 2))
+                program, source = _export_once(model, example, max(batch, 2))
+        except TraceError:
+            raise
         except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
             reason = f"torch.export: {_first_line(error)}"
         else:
             conditions, reason = _conditions(program, asked, leaves)
             if conditions is not None and not (reason and batch == 1):
-                return program, conditions, reason
+                return program, source, conditions, reason
         _log.info("batch is fixed: %s", reason)
     try:
-        return _export_once(model, arguments, None), (), reason
+        return *_export_once(model, arguments, None), (), reason
+    except TraceError:
+        raise
     except Exception as error:
         raise TraceError(
             f"torch.export cannot follow {type(model).__name__}",
@@ -213,7 +217,9 @@ def _symbols(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, i
     }
 
 
-def _export_once(model: nn.Module, arguments: dict[str, Any], batch: int | None) -> ExportedProgram:
+def _export_once(
+    model: nn.Module, arguments: dict[str, Any], batch: int | None
+) -> tuple[ExportedProgram, fx.GraphModule]:
     def dims(leaf: Any) -> dict[int, Any] | None:
         varies = batch and isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
         return {0: Dim.AUTO} if varies else None
@@ -222,7 +228,7 @@ def _export_once(model: nn.Module, arguments: dict[str, Any], batch: int | None)
     # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
     given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, arguments)
     program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
-    return program.run_decompositions({})
+    return functional(program)
 
 
 def _with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -238,21 +244,8 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def _refuse_mutation(program: ExportedProgram) -> None:
-    signature = program.graph_signature
-    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    if changed:
-        kind = "buffers" if signature.buffers_to_mutate else "its inputs"
-        raise TraceError(
-            f"the model changes {kind} when it is called",
-            expected="a forward without state",
-            found=", ".join(sorted(set(changed.values()))),
-        )
-
-
-def _flatten(program: ExportedProgram, leaves: int) -> fx.GraphModule:
+def _flatten(source: fx.GraphModule, leaves: int) -> fx.GraphModule:
     """A graph of aten calls with one placeholder a tensor and nodes named by their order."""
-    source = program.module(check_guards=False)
     _inline_autocast(source)
     graph = fx.Graph()
     made: dict[fx.Node, Any] = {}

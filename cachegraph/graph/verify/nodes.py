@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, fx
 
 from cachegraph.graph import ops
 from cachegraph.model.shapes import Shapes
-from cachegraph.spec import spec_text
 
 _IN_PLACE = {
     operator.setitem,
@@ -40,8 +40,8 @@ def recompute(node: fx.Node, shapes: Shapes, agreed: set[tuple[int, int]]) -> st
     pair = shapes.spec(recorded), shapes.spec(again)
     if pair in agreed:
         return ""
-    if spec_text(again) != spec_text(recorded):
-        return f"{spec_text(recorded)} recomputes to {spec_text(again)}"
+    if shapes.text(again) != shapes.text(recorded):
+        return f"{shapes.text(recorded)} recomputes to {shapes.text(again)}"
     if _device(again) != _device(recorded):
         return f"{_device(recorded)} recomputes to {_device(again)}"
     agreed.add(pair)
@@ -52,6 +52,7 @@ def _device(value: Any) -> Any:
     return value.device if isinstance(value, Tensor) else None
 
 
+@cache
 def not_functional(target: Any) -> str:
     """Why a graph may not call the target; nothing where it may."""
     schema = getattr(target, "_schema", None)

@@ -6,9 +6,11 @@ pass, so a pass that breaks the graph is caught at once, by name.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from cachegraph.graph import ops
 from cachegraph.graph.step_graph import CONSTANT, KNOWN, SLOT, VALUE, Stage, StepGraph, copy_graph
 from cachegraph.graph.text import graph_text, node_lines
 from cachegraph.graph.weights import stored_weight
+from cachegraph.model.structure import Dependence
 from cachegraph.plan.action import Compute, Forecast, Refresh, Reuse, sources
 from cachegraph.plan.slot import EXTRAS
 from cachegraph.spec import spec_text
@@ -30,19 +33,54 @@ Broken = tuple[str, str, str]  # what, site, node
 _INLINE_CONSTANT_BYTES = 64 * 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class Given:
-    """What a variant's graph was made from.
+    """What graphs were made from, and what is known of them so far.
 
     Attributes:
         traced: the model's graph, before any pass.
         weights: name -> tensor of everything that a graph may use by name.
         agreed: pairs of specs, recorded and recomputed, that were found to agree.
+        last: no pass follows.
+        text: of the graph that was verified last.
     """
 
     traced: fx.Graph
     weights: Mapping[str, Tensor]
     agreed: set[tuple[int, int]] = field(default_factory=set)
+    last: bool = True
+    text: str = ""
+    _checked: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
+    _needed: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def dependence(self) -> Dependence:
+        """Who depends on whom in the traced graph."""
+        return Dependence(self.traced)
+
+    def seen(self, node: fx.Node) -> bool:
+        """True where a node is as it was when it was last marked: no rule need look again."""
+        seen = self._checked.get(node, ())
+        state = _state(node)
+        return len(seen) == len(state) and all(map(operator.is_, seen, state))
+
+    def mark(self, node: fx.Node) -> None:
+        """Remember that a node keeps the rules that look at it and at its inputs' values alone."""
+        self._checked[node] = _state(node)
+
+    def needed(self, step: StepGraph) -> tuple[set[str], set[tuple[str, int]]]:
+        """See :func:`_needed`: found once for a variant."""
+        variant, found = self._needed.get(id(step.variant), (None, None))
+        if variant is not step.variant or found is None:
+            found = _needed(step, self)
+            self._needed[id(step.variant)] = step.variant, found
+        return found
+
+
+def _state(node: fx.Node) -> tuple[Any, ...]:
+    """What decides the value of a node; fx replaces arguments and never changes them in place."""
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return node.op, node.target, node.args, node.kwargs, node.meta.get("val"), *values
 
 
 def verify(step: StepGraph, given: Given, pass_name: str) -> None:
@@ -87,7 +125,7 @@ def _well_formed(step: StepGraph, given: Given) -> Iterator[Broken]:
 
 def _inputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
     """The model's inputs, the slots that the row reads in table order, constants, known values."""
-    nodes = step.inputs
+    nodes, spec = step.inputs, _specs(step)
     order = (SLOT, CONSTANT, KNOWN)
     kinds = [next((i + 1 for i, k in enumerate(order) if k in n.meta), 0) for n in nodes]
     if kinds != sorted(kinds) or kinds.count(0) != step.model_inputs:
@@ -95,9 +133,9 @@ def _inputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
         yield "inputs are out of order: model, slots, step constants, known values", "", last
         return
     for node, traced in zip(nodes, given.traced.find_nodes(op="placeholder"), strict=False):
-        if node.target != traced.target or _spec(node) != _spec(traced):
-            yield f"expected the model's input {traced.target}: {_spec(traced)}", "", node.name
-    expected = _expected_reads(step)
+        if node.target != traced.target or spec(node) != spec(traced):
+            yield f"expected the model's input {traced.target}: {spec(traced)}", "", node.name
+    expected = {key: i for i, key in enumerate(_expected_reads(step))}
     position = -1
     for node in nodes:
         if SLOT not in node.meta:
@@ -106,12 +144,12 @@ def _inputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
         key = (slot.site, slot.value, slot.age)
         if key not in expected:
             yield "the row does not read this slot", slot.site, node.name
-        elif position >= expected.index(key):
+        elif position >= expected[key]:
             yield "slots are out of order or read twice", slot.site, node.name
-        elif _spec(node) != str(slot.spec):
-            yield f"the input is {_spec(node)}, the slot {slot.spec}", slot.site, node.name
+        elif spec(node) != str(slot.spec):
+            yield f"the input is {spec(node)}, the slot {slot.spec}", slot.site, node.name
         else:
-            position = expected.index(key)
+            position = expected[key]
 
 
 def _expected_reads(step: StepGraph) -> list[tuple[str, int, int]]:
@@ -125,12 +163,13 @@ def _expected_reads(step: StepGraph) -> list[tuple[str, int, int]]:
     return expected
 
 
-def _spec(node: fx.Node) -> str:
-    return spec_text(node.meta["val"]) if "val" in node.meta else "unknown"
+def _specs(step: StepGraph) -> Callable[[fx.Node], str]:
+    return lambda node: step.shapes.text(node.meta["val"]) if "val" in node.meta else "unknown"
 
 
 def _outputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
     """The model's outputs, then one write for each value that the variant hands out."""
+    spec = _specs(step)
     expected = [] if step.stage is Stage.TRACED else step.written_slots()
     count = len(step.outputs) - step.model_outputs
     if count != len(expected):
@@ -138,15 +177,15 @@ def _outputs_in_order(step: StepGraph, given: Given) -> Iterator[Broken]:
         return
     returned: Any = given.traced.output_node().args[0]
     for traced, node in zip(returned, step.outputs, strict=False):
-        if _spec(node) != _spec(traced):
-            yield f"the model returns {_spec(traced)} here, not {_spec(node)}", "", node.name
+        if spec(node) != spec(traced):
+            yield f"the model returns {spec(traced)} here, not {spec(node)}", "", node.name
     for slot, node in zip(expected, step.outputs[step.model_outputs :], strict=True):
         if step.stage is Stage.CACHED and node.target is not ops.write:
             yield "a write is not a cache.write", slot.site, node.name
         elif step.stage is Stage.CACHED and node.meta[SLOT].name != slot.name:
             yield f"expected the write of {slot.name}", slot.site, node.name
-        elif _spec(node) != str(slot.spec):
-            yield f"the write is {_spec(node)}, the slot {slot.spec}", slot.site, node.name
+        elif spec(node) != str(slot.spec):
+            yield f"the write is {spec(node)}, the slot {slot.spec}", slot.site, node.name
 
 
 def _no_input_is_output(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -159,10 +198,12 @@ def _no_input_is_output(step: StepGraph, given: Given) -> Iterator[Broken]:
 def _shapes_recompute(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Every node has a recorded value, and its operation on its inputs' values gives the same."""
     for node in step.graph.nodes:
-        if node.op == "output":
+        if node.op == "output" or given.seen(node):
             continue
         if problem := recompute(node, step.shapes, given.agreed):
             yield problem, "", node.name
+        else:
+            given.mark(node)  # the large constants were looked for before
 
 
 def _functional(step: StepGraph, given: Given) -> Iterator[Broken]:
@@ -205,7 +246,7 @@ def _row_and_graph_agree(step: StepGraph, given: Given) -> Iterator[Broken]:
     """
     if step.stage is not Stage.LOWERED:
         return
-    computed, reused = _needed(step, given.traced)
+    computed, reused = given.needed(step)
     # What a prologue computes for the step counts as computed.
     graphs = [step.graph, *(p.graph for p in (step.request, step.prologue) if p is not None)]
     alive = {node.name for graph in graphs for node in graph.nodes}
@@ -228,15 +269,16 @@ def _row_and_graph_agree(step: StepGraph, given: Given) -> Iterator[Broken]:
                             yield what, site.name, "-"
 
 
-def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str, int]]]:
+def _needed(step: StepGraph, given: Given) -> tuple[set[str], set[tuple[str, int]]]:
     """What the outputs depend on where the row's reused values are given.
 
     Returns:
         Names of traced nodes that have to be computed, and (site, value index) of reused values.
     """
     row = dict(zip((site.name for site in step.sites), step.variant.row, strict=True))
-    values = {n.meta[VALUE]: n for n in traced.nodes if VALUE in n.meta}
-    outputs = traced.output_node().all_input_nodes
+    values = {n.meta[VALUE]: n for n in given.traced.nodes if VALUE in n.meta}
+    outputs = given.traced.output_node().all_input_nodes
+    by_name = {n.name: n for n in given.traced.nodes}
     written = [slot for slot in step.written_slots() if slot.value not in EXTRAS]
     todo = [*outputs, *(values[slot.site, slot.value] for slot in written)]
     sources = {site.name: site.source for site in step.sites}
@@ -247,7 +289,7 @@ def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str,
         key = node.meta.get(VALUE)
         if key is not None and not isinstance(row.get(key[0], Compute()), Compute):
             if key not in reused and isinstance(row[key[0]], Refresh):
-                todo += _around(node, sources[key[0]])
+                todo += _around(given.dependence, node, by_name[sources[key[0]]])
             reused.add(key)
         elif node.name not in computed:
             computed.add(node.name)
@@ -255,42 +297,39 @@ def _needed(step: StepGraph, traced: fx.Graph) -> tuple[set[str], set[tuple[str,
     return computed, reused
 
 
-def _around(value: fx.Node, source: str) -> list[fx.Node]:
+def _around(dependence: Dependence, value: fx.Node, source: fx.Node) -> list[fx.Node]:
     """What the region between a site's source and its value takes from outside of it."""
-    inside, outside, queue = {value}, [], [value]
-    carries: dict[fx.Node, bool] = {}  # node -> whether the source is behind it
-    for node in value.graph.nodes:
-        carries[node] = node.name == source or any(carries[a] for a in node.all_input_nodes)
-    while queue:
-        for node in queue.pop().all_input_nodes:
-            if node.name == source or not carries[node]:
-                outside.append(node)
-            elif node not in inside:
-                inside.add(node)
-                queue.append(node)
-    return outside
+    inside = {value, *dependence.between(source, value)}
+    return [given for node in inside for given in node.all_input_nodes if given not in inside]
 
 
 def _no_large_inline_constants(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Tensors stand in the weight store, not in arguments."""
     for node in step.graph.nodes:
+        if given.seen(node):
+            continue
         for leaf in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(leaf, Tensor) and leaf.nbytes > _INLINE_CONSTANT_BYTES:
                 yield f"an inline constant of {leaf.nbytes} bytes", "", node.name
 
 
 def _text_is_reproducible(step: StepGraph, given: Given) -> Iterator[Broken]:
-    """It names no memory, and printing a copy gives the same, so digests can be trusted."""
-    text = graph_text(step)
-    if named := re.search(r"%(\w+) = .* at 0x[0-9a-f]", text):
+    """It names no memory, and printing a copy gives the same, so digests can be trusted.
+
+    Copies are printed of what all passes have made only.
+    """
+    given.text = text = graph_text(step)
+    if " at 0x" in text and (named := re.search(r"%(\w+) = .* at 0x[0-9a-f]", text)):
         yield "the text holds the address of an object", "", named[1]
         return
-    if list(node_lines(step.graph)) != list(node_lines(copy_graph(step.graph))):
+    graphs = (step.graph, copy_graph(step.graph)) if given.last else ()
+    if len({tuple(node_lines(graph, step.shapes)) for graph in graphs}) > 1:
         yield "the text of a copy differs", "", "-"
 
 
 def _weights_are_stored(step: StepGraph, given: Given) -> Iterator[Broken]:
     """Every weight is in the store under its name, or a view of one, and never a copy."""
+    shapes, spec = step.shapes, _specs(step)
     for node in step.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         holder, _, leaf = name.rpartition(".")
@@ -302,9 +341,10 @@ def _weights_are_stored(step: StepGraph, given: Given) -> Iterator[Broken]:
         except KeyError:
             yield f"weight {name!r} is not in the store", "", node.name
             continue
-        if _spec(node) != spec_text(stored):
-            yield f"weight {name!r} is {spec_text(stored)} in the store", "", node.name
-        elif _memory(tensor) != _memory(stored):
+        text = shapes.text(stored) if stored is tensor else spec_text(stored)
+        if spec(node) != text:
+            yield f"weight {name!r} is {text} in the store", "", node.name
+        elif stored is not tensor and _memory(tensor) != _memory(stored):
             yield f"weight {name!r} is another tensor than the store's", "", node.name
 
 
