@@ -14,22 +14,22 @@ from pathlib import Path
 
 MAX_FILE = 400
 MAX_FUNCTION = 50
-MAX_PRODUCT = 21_600  # cachegraph and passes together
+MAX_PRODUCT = 22_000  # cachegraph and passes together
 # What each folder of the product may have, in lines; files beside them count for "cachegraph".
 BUDGETS = {
     "cachegraph": 660,
     "zoo": 1_370,
-    "model": 2_120,
+    "model": 2_370,
     "config": 530,
     "plan": 780,
     "methods": 1_700,
     "schedule": 450,
-    "graph": 2_100,
+    "graph": 2_150,
     "passes": 1_110,
     "runtime": 1_530,
     "backends": 1_970,
     "artifact": 1_370,
-    "compiler": 1_400,
+    "compiler": 1_530,
     "oracle": 620,
     "show": 850,
     "calibrate": 770,
@@ -38,7 +38,7 @@ BUDGETS = {
 }
 # From a model to what runs it.
 ENGINE = tuple(list(BUDGETS)[2:13])
-MAX_ENGINE = 15_000
+MAX_ENGINE = 15_400
 
 PRODUCT = ("cachegraph", "passes")
 FOLDERS = (*PRODUCT, "schedules", "tests", "tools")

@@ -41,7 +41,9 @@ def refuse_code(path: Path) -> None:
                         )
     except (OSError, zipfile.BadZipFile, ValueError, RecursionError) as error:
         raise ModelError(
-            "not a readable torch.export program", place=str(path), found=str(error)
+            "not a readable torch.export program",
+            place=str(path),
+            found=f"{type(error).__name__}: {error}",
         ) from error
 
 

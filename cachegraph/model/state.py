@@ -60,6 +60,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     notes = _Notes()
     notes.walk(model)
     calls = {id(cache): cache.cache_info().misses for cache in _caches()}
+    held_before = {id(held) for held in notes.opaque if _holds_symbols(held)}  # another trace's
     try:
         yield
     finally:
@@ -68,7 +69,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             if cache.cache_info().misses != calls.get(id(cache), 0) and _holds_symbols(cache):
                 cache.cache_clear()
     for held in notes.opaque:
-        if _holds_symbols(held):
+        if id(held) not in held_before and _holds_symbols(held):
             raise TraceError(
                 f"{type(model).__name__} keeps values between calls in a {type(held).__name__}, "
                 "which now holds tensors without data",

@@ -95,8 +95,9 @@ class Tracking:
                 remedy=_REPEATED if time is not None and step == position.step else "",
             )
         moved = self._moved(position, step, time)
-        goes_on = position.continuous or (step > 0 and link is Link.FOLLOWS)
-        return replace(moved, continuous=goes_on)
+        # Noise falls along a trajectory: where the first latents hang together, all later ones do.
+        goes_on = step == 1 or (step > 1 and position.continuous)
+        return replace(moved, continuous=goes_on and link is Link.FOLLOWS)
 
     def _begun_anew(self, position: Position, time: float) -> int:
         """The step of another image's call at a time that could be the next one of the last."""
@@ -218,7 +219,7 @@ class Position:
         times: timesteps of the trajectory's calls that were read.
         learned: all timesteps of the last trajectory that was whole; empty where there is none or
             one has begun at another timestep since.
-        continuous: the latents of this session's calls were seen to follow from one another.
+        continuous: the latents of the trajectory's calls were all seen to follow from one another.
     """
 
     step: int = -1

@@ -166,7 +166,7 @@ def test_globs(chosen: dict[str, Any], second_row: list[int]) -> None:
         ({"exclude": ["*.cross"]}, "schedule: sites: glob '*.cross' matches no site; expected 4"),
         (
             {"kinds": ["cross_attn"]},
-            "schedule: sites: the schedule selects no site; expected 4 sites: ",
+            "schedule: sites: the model has no site of kind cross_attn; expected 4 sites: ",
         ),
         ({"exclude": ["*"]}, "schedule: sites: the schedule selects no site; expected 4 sites: "),
     ],

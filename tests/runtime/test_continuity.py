@@ -133,6 +133,19 @@ def test_a_run_of_too_many_steps_teaches_nothing(compiled: Compiled) -> None:
     assert relative_error(sample(run, 2), wanted(compiled, 2)) <= 1e-5
 
 
+def test_a_sampler_of_fresh_noise_is_not_taken_for_other_images(compiled: Compiled) -> None:
+    """LCM: a step keeps nothing of the last latent, and too little of the output to be seen."""
+    for said in (None, TIMES):
+        run = cg.load(compiled.artifact(), timesteps=said)
+        for image in range(2):
+            calls = [
+                (noise(10 * image + s), torch.full((2,), t), LABELS) for s, t in enumerate(TIMES)
+            ]
+            plain = compiled.runner()
+            for step, call in enumerate(calls):
+                assert torch.equal(run(*call), plain(*call, step=step))
+
+
 # --- timesteps that round to one value
 
 

@@ -64,8 +64,7 @@ class Aoti(AheadOfTime):
         """``NAME.pt2`` for each graph; those that are not in the cache compile side by side."""
         device = next(iter(weights.values())).device
         jobs = {name: _job(graph, weights, device) for name, graph in graphs.items()}
-        digests = {name: hashlib.sha256(job.encode()).hexdigest() for name, job in jobs.items()}
-        wanted = {name: _cache() / f"{digest}.pt2" for name, digest in digests.items()}
+        wanted = {name: _cached(job) for name, job in jobs.items()}
         # Two graphs may be the same but for their names.
         todo = {path: name for name, path in wanted.items() if not _is_whole(path)}
         progress(f"compiling ahead of time: {', '.join(todo.values()) or 'all is in the cache'}")
@@ -183,6 +182,10 @@ def _described(machine: Mapping[str, Any]) -> str:
 
 def _cache() -> Path:
     return make_folder(cache_folder("aoti"))
+
+
+def _cached(job: str) -> Path:
+    return _cache() / f"{hashlib.sha256(job.encode()).hexdigest()}.pt2"
 
 
 def _is_whole(path: Path) -> bool:
