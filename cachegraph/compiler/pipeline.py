@@ -12,6 +12,7 @@ from torch import Tensor
 from cachegraph.errors import VerifyError
 from cachegraph.graph.binding import Binding, model_bindings
 from cachegraph.graph.step_graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
+from cachegraph.graph.text import graph_text
 from cachegraph.graph.verify.rules import Given, verify
 from cachegraph.model.shapes import Shapes
 from cachegraph.model.trace import TracedModel
@@ -107,14 +108,14 @@ def _rewrite_one(
         order_depth=plan.order_depth,
         shapes=shapes,
     )
-    given.last = not passes
+    given.last, given.text = not passes, graph_text(step)
     verify(step, given, "trace")
     for i, one in enumerate(passes):
         started = time.perf_counter()
         nodes, before = len(step.graph.nodes), given.text
         rewrites = one.apply(step)
         _finish(step, one.name)
-        given.last = i == len(passes) - 1
+        given.last, given.text = i == len(passes) - 1, graph_text(step)
         verify(step, given, one.name)
         # Weights that nothing uses are no part of the text.
         changed = nodes != len(step.graph.nodes) or given.text != before
