@@ -108,15 +108,13 @@ def _rewrite_one(
         order_depth=plan.order_depth,
         shapes=shapes,
     )
-    given.last, given.text = not passes, graph_text(step)
-    verify(step, given, "trace")
+    _verified(step, given, "trace", last=not passes)
     for i, one in enumerate(passes):
         started = time.perf_counter()
         nodes, before = len(step.graph.nodes), given.text
         rewrites = one.apply(step)
         _finish(step, one.name)
-        given.last, given.text = i == len(passes) - 1, graph_text(step)
-        verify(step, given, one.name)
+        _verified(step, given, one.name, last=i == len(passes) - 1)
         # Weights that nothing uses are no part of the text.
         changed = nodes != len(step.graph.nodes) or given.text != before
         if changed != bool(rewrites):
@@ -134,6 +132,13 @@ def _rewrite_one(
     step.module.delete_all_unused_submodules()
     step.module.recompile()
     return step
+
+
+def _verified(step: StepGraph, given: Given, pass_name: str, *, last: bool) -> None:
+    """Verify a graph; its text is there then."""
+    given.last, given.text = last, ""
+    verify(step, given, pass_name)
+    given.text = given.text or graph_text(step)
 
 
 def _finish(step: StepGraph, pass_name: str) -> None:

@@ -65,7 +65,7 @@ def _program(forward: Forward) -> ExportedProgram:
 
 def _nodes(program: ExportedProgram) -> list[tuple[str, ...]]:
     """Every node, its arguments by place: names differ."""
-    nodes = list(functional.functional(program).graph.nodes)
+    nodes = list(functional.functional(program)[1].graph.nodes)
     checks = torch.ops.aten._assert_tensor_metadata.default  # written in two ways, and left out
     place = {node: f"%{i}" for i, node in enumerate(n for n in nodes if n.target is not checks)}
     found = []

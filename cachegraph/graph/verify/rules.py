@@ -42,7 +42,7 @@ class Given:
         weights: name -> tensor of everything that a graph may use by name.
         agreed: pairs of specs, recorded and recomputed, that were found to agree.
         last: no pass follows.
-        text: of the graph, printed once for all that ask.
+        text: of the graph that was verified last.
     """
 
     traced: fx.Graph
@@ -318,7 +318,7 @@ def _text_is_reproducible(step: StepGraph, given: Given) -> Iterator[Broken]:
 
     Copies are printed of what all passes have made only.
     """
-    text = given.text or graph_text(step)
+    given.text = text = graph_text(step)
     if " at 0x" in text and (named := re.search(r"%(\w+) = .* at 0x[0-9a-f]", text)):
         yield "the text holds the address of an object", "", named[1]
         return
