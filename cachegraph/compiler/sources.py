@@ -115,9 +115,9 @@ def check_model_file(text: str) -> None:
 
 
 def is_architecture(text: str) -> bool:
-    """True for ``DiT-XL/2`` and ``DiT(depth=2)``; such a model has no weights."""
+    """True for ``DiT-XL/2``, ``FLUX`` and ``DiT(depth=2)``; such a model has no weights."""
     families = "|".join(re.escape(architecture.name) for architecture in ARCHITECTURES)
-    return text in _SIZES or re.fullmatch(rf"\s*({families})\s*\(.*\)\s*", text) is not None
+    return text in _SIZES or re.fullmatch(rf"\s*({families})\s*(\(.*\))?\s*", text) is not None
 
 
 def _open(
@@ -138,7 +138,7 @@ def _open(
     if is_architecture(text):
         if shapes_only or random_weights:
             device = "meta" if shapes_only else "cpu"
-            return Source(build_model(text, input_size or 32, device=device), None, None, text)
+            return Source(build_model(text, input_size, device=device), None, None, text)
         what = f"{text!r} is an architecture, without weights"
         raise ModelError(what, expected=FORMS, remedy="only plan, inspect and bench do without")
     if ":" in text:

@@ -249,8 +249,14 @@ class STDiT3(nn.Module):
         text = y.squeeze(1)
         valid = None if mask is None else attended(mask, text)
         sizes = x.shape[2:]
-        x = F.pad(x, [n for s, p in zip(sizes[::-1], self.patch_size[::-1], strict=True)
-                      for n in (0, -s % p)]).to(dtype)
+        x = F.pad(
+            x,
+            [
+                n
+                for s, p in zip(sizes[::-1], self.patch_size[::-1], strict=True)
+                for n in (0, -s % p)
+            ],
+        ).to(dtype)
         frames, high, wide = (s // p for s, p in zip(x.shape[2:], self.patch_size, strict=True))
         tokens = self.x_embedder(x).unflatten(1, (frames, -1))
         tokens = (tokens + self._positions(high, wide, height, width).to(dtype)).flatten(1, 2)
@@ -291,8 +297,10 @@ class STDiT3(nn.Module):
         pixels = (height[0].double() * width[0].double()).sqrt()
         scale = (self.input_sq_size / pixels).float()
         base = round((high * wide) ** 0.5)
-        omega = PERIOD ** -(torch.arange(0, self.hidden_size // 2, 2, device=height.device).float()
-                            / (self.hidden_size // 2))
+        omega = PERIOD ** -(
+            torch.arange(0, self.hidden_size // 2, 2, device=height.device).float()
+            / (self.hidden_size // 2)
+        )
         lines = []
         for size in (wide, high):  # columns come first
             place = torch.arange(size, device=height.device).float() * scale * (base / size)
