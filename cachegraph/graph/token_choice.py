@@ -55,7 +55,7 @@ class Chooser:
     def chosen_now(self, site: Site, age: fx.Node, score: fx.Node) -> fx.Node:
         """Picked tokens ``(B, k)`` from the scores of this step."""
         chosen = self.selection
-        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid))
+        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid or ()))
         gap = self.constants[ConstantKind.AGE, site.name]
         order = self.call(site, ops.order_now, score, age, gap, *settings)
         return self.call(site, ops.pick_first, order, self._tokens(site))
@@ -119,7 +119,7 @@ class Chooser:
         chosen = self.selection
         counts = self.constants[ConstantKind.COUNTS, sites[0].name]
         scores = [self._foreseeable_score(site) for site in sites]
-        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid))
+        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid or ()))
         orders = self.call(None, ops.order_tokens, scores, counts, *settings)
         select = torch.ops.aten.select.int
         return [(s, ORDER, self.call(s, select, orders, 0, i)) for i, s in enumerate(sites)]
