@@ -17,7 +17,7 @@ from cachegraph.runtime.program import Program
 
 from .data import DataError, from_data, to_data
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"

@@ -44,9 +44,7 @@ def choose(keys: TokenKeys, sites: Ruled) -> Selection:
             + " or ".join(sorted(keys.rule_set.refresh))
             + ", and as many tokens in all of them",
             found=several if len(several) < 200 else several[:200] + "...",
-            remedy="'sites: {exclude: ...}' leaves sites out, 'bonus: {weight: 0}' needs no grid"
-            if counts
-            else "",
+            remedy="'sites: {exclude: ...}' leaves sites out" if counts else "",
         )
     return Selection(
         score=score,
@@ -66,6 +64,15 @@ def token_counts(keys: TokenKeys, sites: Ruled) -> dict[str, int]:
 
 def _tokens(keys: TokenKeys, site: Site) -> int:
     """Tokens of a site's value ``(B, N, C)``."""
+    if site.fused and site.inner is None:
+        raise PlanError(
+            f"the last projection of {site.name} cannot be split into attention and mlp",
+            place=keys.where("rules"),
+            expected="one that takes both side by side, (batch, tokens, channels) each",
+            found=f"{site.values[0].node} of {site.values[0].module or 'the model'}",
+            remedy="leave the site out with 'sites: {exclude: ...}', or let it be reused whole: "
+            "rules: {like: ..., refresh: [mlp]}",
+        )
     shape = site.values[0].spec.shape
     tokens = shape[1] if len(shape) == 3 and len(site.values) == 1 else None
     if not isinstance(tokens, int):

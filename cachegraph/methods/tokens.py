@@ -67,7 +67,9 @@ class TokenMethod(TokenKeys):
                     ratios.ratio(self, kind, at, steps, *place) for at in self._numbers(steps)
                 ]
                 fresh = [ratios.token_count(share, n) if n else 0 for share in shares]
-                columns[site.name] = self._column(choice, site.name, here, fresh, n)
+                # Where attention stays what it was, all tokens are not the whole site.
+                whole = n * (not site.fused)
+                columns[site.name] = self._column(choice, site.name, here, fresh, whole)
         last = [pair[min(len(groups), 2) - 1] for pair in types[kind_of(groups[-1][-1])]]
         columns |= {s.name: _stack_column(last) for s in sites if s.kind == SiteKind.STACK}
         return tuple(tuple(columns[site.name][step] for site in sites) for step in range(steps))
@@ -116,10 +118,10 @@ class TokenMethod(TokenKeys):
         fresh: Sequence[int],
         tokens: int,
     ) -> list[Action]:
-        """What the steps do at one site; ``fresh`` of its ``tokens`` are recomputed if partial.
+        """What the steps do at one site; ``fresh`` of its tokens are recomputed if partial.
 
         A partial step without tokens reuses, yet all tokens grow older; one with all of them
-        computes and makes them young. A score that only full steps make is as old as the last of
+        computes and makes them young (``tokens`` are all, 0 where that is no computing). A score that only full steps make is as old as the last of
         them even then.
         """
         newest = scored = age = 0

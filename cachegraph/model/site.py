@@ -31,11 +31,33 @@ class SiteValue:
         node: name of the value's node in the traced graph.
         spec: shape and dtype, such as ``f32[s0, N, C]``.
         module: path of the innermost module whose output this value is, or None.
+        residual: node of the addition that it ends in.
+        tokens: from which to which token of the site's attention this value's stream goes; None
+            where that is not known, or there is none.
     """
 
     node: str
     spec: TensorSpec
     module: str | None
+    residual: str = ""
+    tokens: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What a fused site keeps inside: the attention that its last projection takes.
+
+    With it, tokens of the site can be recomputed without attention.
+
+    Attributes:
+        node: that makes it.
+        spec: such as ``f32[s0, N, C]``.
+        columns: where it stands in what the projection takes.
+    """
+
+    node: str
+    spec: TensorSpec
+    columns: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,7 @@ class Site:
         anchors: nodes that do the site's main work (attention cores and linears); none of them
             may be left in a step that reuses the site.
         fused: one projection serves attention and mlp (single blocks of FLUX).
+        inner: of a fused site whose projection can be split, its attention.
         call: which call of the module it is, where one module serves several streams.
     """
 
@@ -69,6 +92,7 @@ class Site:
     reader: str | None = None
     residual: str = ""
     cores: tuple[str, ...] = ()
+    inner: Inner | None = None
 
 
 def select_sites(

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 from torch import fx
 
 from cachegraph.spec import TensorSpec
 
-from .site import Site, SiteKind, SiteValue
+from .site import Inner, Site, SiteKind, SiteValue
 from .structure import (
     ATTENTION,
     CARRIED,
@@ -27,6 +28,7 @@ from .structure import (
     Dependence,
     aten,
     common_module,
+    cut,
     enclosing_module,
     module_stack,
     output_module,
@@ -287,23 +289,48 @@ def _site(dependence: Dependence, group: list[_Branch]) -> Site:
     anchors = {n for branch in group for n in (*branch.cores, *branch.linears)}
     adds = [add for branch in group for add in branch.adds]
     kind = _kind(dependence, group)
+    joined = [inner for branch in group for inner in _inner(dependence, branch)]
     module = enclosing_module(anchors, adds)
     block = common_module([*anchors, *adds])
     return Site(
         name=module if module is not None else f"{block}:{kind.value}" if block else kind.value,
         kind=kind,
-        values=tuple(
-            SiteValue(b.value.name, TensorSpec.of(b.value.meta["val"]), output_module(b.value))
-            for b in group
-        ),
+        values=tuple(_value(dependence, branch) for branch in group),
         module=module,
         source=group[0].source.name,
         reader=_reader(dependence, group[0]),
         residual=adds[-1].name,
         cores=tuple(n.name for n in group[0].cores),
         anchors=tuple(n.name for n in sorted(anchors, key=dependence.index.__getitem__)),
-        fused=any(_is_fused(dependence, branch) for branch in group),
+        fused=bool(joined),
+        inner=joined[0] if len(group) == len(joined) == 1 else None,
     )
+
+
+def _value(dependence: Dependence, branch: _Branch) -> SiteValue:
+    node = branch.value
+    return SiteValue(
+        node=node.name,
+        spec=TensorSpec.of(node.meta["val"]),
+        module=output_module(node),
+        residual=branch.adds[-1].name,
+        tokens=_tokens(dependence, branch),
+    )
+
+
+def _tokens(dependence: Dependence, branch: _Branch) -> tuple[int, int] | None:
+    """Which tokens of the attention a stream takes: a joint one is cut into its streams."""
+    if len(branch.cores) != 1:
+        return None
+    [core] = branch.cores
+    tokens = core.meta["val"].shape[-2]
+    if not isinstance(tokens, int):
+        return None
+    for node in dependence.between(core, branch.value):
+        piece, whole, start = cut(node)
+        if start is not None and whole == tokens and isinstance(piece, int):
+            return start, start + piece
+    return 0, tokens
 
 
 def _reader(dependence: Dependence, branch: _Branch) -> str | None:
@@ -327,8 +354,11 @@ def _kind(dependence: Dependence, group: list[_Branch]) -> SiteKind:
     return SiteKind.ATTN
 
 
-def _is_fused(dependence: Dependence, branch: _Branch) -> bool:
-    """True where the last projection takes attention and another branch of the block together."""
+def _inner(dependence: Dependence, branch: _Branch) -> list[Inner | None]:
+    """The attention where the last projection takes it and another branch of the block together.
+
+    Empty where none does so; None where the two are not joined channel by channel.
+    """
     for linear in branch.linears if branch.cores else ():
         joined = strip(linear.all_input_nodes[0], VIEWS | CASTS)
         if joined.target is not aten.cat.default:
@@ -336,8 +366,23 @@ def _is_fused(dependence: Dependence, branch: _Branch) -> bool:
         parts = joined.all_input_nodes
         with_core = [any(dependence.depends(p, core) for core in branch.cores) for p in parts]
         if any(with_core) and not all(with_core):
-            return True
-    return False
+            return [_part(linear, joined, with_core)]
+    return []
+
+
+def _part(linear: fx.Node, joined: fx.Node, with_core: Sequence[bool]) -> Inner | None:
+    value = joined.meta["val"]
+    dim: Any = joined.args[1] if len(joined.args) > 1 else 0
+    parts: Any = joined.args[0]
+    widths = [part.meta["val"].shape[-1] for part in parts]
+    if linear.args[0] is not joined or dim % value.ndim != value.ndim - 1:
+        return None
+    if value.ndim != 3 or sum(with_core) != 1 or not all(isinstance(w, int) for w in widths):
+        return None
+    at = list(with_core).index(True)
+    start = sum(widths[:at])
+    spec = TensorSpec.of(parts[at].meta["val"])
+    return Inner(parts[at].name, spec, (start, start + widths[at]))
 
 
 def _with_unique_names(sites: tuple[Site, ...]) -> tuple[Site, ...]:
