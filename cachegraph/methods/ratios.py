@@ -29,7 +29,7 @@ def interval(policy: TokenKeys, at: int, steps: int) -> int:
     weight = rules.change if policy.fresh_ratio else 0.0  # "FORA"
     factor = torch.tensor(_falling(weight, at, steps), dtype=torch.float32)
     rounded = int(torch.round(policy.interval / factor))  # half to even
-    if rules.sensitive is not None and policy.fresh_ratio:
+    if rules.sensitive and policy.fresh_ratio:
         begin, end = (int(steps * share) for share in rules.sensitive)
         rounded = 2 if begin <= at < end else rounded
     return rounded
@@ -48,7 +48,7 @@ def ratio(policy: TokenKeys, kind: str, at: int, steps: int, block: int, blocks:
             model has; rules say so where it matters, and ``quirks: false`` does without.
     """
     rules = policy.rule_set
-    last = (rules.last_block if policy.quirks else None) or max(blocks - 1, 1)
+    last = rules.last_block if policy.quirks and rules.last_block else max(blocks - 1, 1)
     match policy.ratio_schedule:
         case "constant":
             return policy.fresh_ratio
@@ -64,7 +64,7 @@ def ratio(policy: TokenKeys, kind: str, at: int, steps: int, block: int, blocks:
     weights = rules.ratios[policy.ratio_schedule]
     block_factor = _falling(weights.block, block, last)
     step_factor = _falling(weights.step, at, steps)
-    return policy.fresh_ratio * block_factor * step_factor * weights.kinds.get(kind, 0.0)
+    return policy.fresh_ratio * block_factor * step_factor * weights.kinds.get(kind, 0.0)  # type: ignore[call-overload]
 
 
 def _falling(weight: float, at: int, end: int) -> float:

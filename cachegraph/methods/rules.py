@@ -58,11 +58,10 @@ class Rules(Section):
     change: FiniteFloat = Field(
         default=0.0, description="a number: how much longer the first intervals are than the last"
     )
-    sensitive: tuple[FiniteFloat, ...] | None = Field(
-        default=None,
-        min_length=2,
+    sensitive: tuple[FiniteFloat, ...] = Field(
+        default=(),
         max_length=2,
-        description="two shares of the trajectory: between them the interval is 2",
+        description="two shares of the trajectory, between which the interval is 2; or none",
     )
     periods: dict[Kind, int] = Field(
         default={}, description=f"a mapping {_KINDS} to whole numbers: intervals of their own"
@@ -70,11 +69,11 @@ class Rules(Section):
     refresh: tuple[Kind, ...] = Field(
         default=("mlp",), min_length=1, description=f"a list {_KINDS}: what tokens are chosen of"
     )
-    last_block: int | None = Field(
-        default=None,
-        ge=1,
-        description="a whole number, at least 1: the block that 'block' counts as the last, "
-        "whatever the model has",
+    last_block: int = Field(
+        default=0,
+        ge=0,
+        description="a whole number: the block that 'block' counts as the last, whatever the model "
+        "has; 0 for the last that it has",
     )
     ratios: dict[str, Ratio] = Field(
         default={}, description="a mapping of ratio schedules to step, block and kinds"

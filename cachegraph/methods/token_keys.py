@@ -7,9 +7,9 @@ model uses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, FiniteFloat, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_serializer, field_validator, model_validator
 
 from cachegraph.config.problems import Problem, describe, one_of, refuse
 from cachegraph.config.sections import Section
@@ -94,7 +94,8 @@ class TokenKeys(Method):
         if isinstance(rules, Rules):
             name = rules.like
         known = cls.published.get(name) if isinstance(name, str) else None
-        defaults = known.defaults if known is not None else {}
+        # Unknown rules are refused; what they would stand for is not missed.
+        defaults = known.defaults if known is not None else {"interval": 1}
         filled = {**defaults, **data}
         usual, bonus = defaults.get("bonus"), data.get("bonus")
         if isinstance(bonus, Mapping) and isinstance(usual, Mapping):
@@ -105,27 +106,33 @@ class TokenKeys(Method):
 
     @field_validator("rules", mode="plain")
     @classmethod
-    def _known_rules(cls, value: object) -> str | Rules:
+    def _known_rules(cls, value: Any) -> str | Rules:
         """A name, or rules completed by those that they are like."""
         if isinstance(value, Rules):
             return value
-        like = value.get("like", "dit") if isinstance(value, Mapping) else value
-        if isinstance(like, str) and like not in cls.published:
-            what = f"unknown word {like!r} for {'like' if like is not value else 'rules'!r}"
-            words = list(cls.published)
-            path = ("like",) if like is not value else ()
+        words = list(cls.published)
+        if not isinstance(value, str | Mapping):
+            what, expected = "'rules' has the wrong type", f"{one_of(words)}, or a mapping"
+            refuse("rules", [Problem((), what, expected, describe(value))])
+        named = isinstance(value, str)
+        like = value if isinstance(value, str) else dict(value).get("like", "dit")
+        if isinstance(like, str) and like not in words:
+            what = f"unknown word {like!r} for {'rules' if named else 'like'!r}"
+            path = () if named else ("like",)
             refuse("rules", [Problem(path, what, one_of(words), remedy=nearest(like, words))])
         if isinstance(value, str):
             return value
-        if not isinstance(value, Mapping):
-            expected = f"{one_of(cls.published)}, or a mapping"
-            what = "'rules' has the wrong type"
-            refuse("rules", [Problem((), what, expected, describe(value))])
         base = cls.published[like].rules if isinstance(like, str) else Rules()
-        filled = {**dict(base), **value}
-        if isinstance(own := value.get("ratios"), Mapping):
+        filled = {**dict(base), **dict(value)}
+        if isinstance(own := filled["ratios"], Mapping):
             filled["ratios"] = {**base.ratios, **own}
         return Rules.model_validate(filled)
+
+    @field_serializer("rules")
+    def _written(self, rules: str | Rules) -> object:
+        if isinstance(rules, str):
+            return rules
+        return rules.model_dump(mode="json", exclude_none=True)
 
     @property
     def rule_set(self) -> Rules:
@@ -141,6 +148,9 @@ class TokenKeys(Method):
             what = f"'seed' with 'score: {self.score}', which draws nothing"
             yield Problem(("seed",), what, "no seed, or 'score: random'", f"{self.seed}")
         yield from self._grid_problems()
+        if len(own := self.rule_set.sensitive) == 1:
+            what, path = "'sensitive' is no pair", ("rules", "sensitive")
+            yield Problem(path, what, "two shares of the trajectory, or none", describe(own))
 
     def _ratio_problems(self) -> Iterator[Problem]:
         name, rules = self.ratio_schedule, self.rule_set

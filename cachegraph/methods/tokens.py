@@ -121,8 +121,8 @@ class TokenMethod(TokenKeys):
         """What the steps do at one site; ``fresh`` of its tokens are recomputed if partial.
 
         A partial step without tokens reuses, yet all tokens grow older; one with all of them
-        computes and makes them young (``tokens`` are all, 0 where that is no computing). A score that only full steps make is as old as the last of
-        them even then.
+        computes and makes them young (``tokens`` are all, 0 where that is no computing). A score
+        that only full steps make is as old as the last of them even then.
         """
         newest = scored = age = 0
         seen: set[tuple[int, int]] = set()

@@ -104,20 +104,20 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         inner = int(hidden_size * mlp_ratio)
-        for stream in ("img", "txt"):
-            parts = {
-                "mod": Modulation(hidden_size, 6),
-                "norm1": plain_norm(hidden_size),
-                "attn": StreamAttention(hidden_size, num_heads, qkv_bias),
-                "norm2": plain_norm(hidden_size),
-                "mlp": nn.Sequential(
-                    nn.Linear(hidden_size, inner),
-                    nn.GELU(approximate="tanh"),
-                    nn.Linear(inner, hidden_size),
-                ),
-            }
-            for name, part in parts.items():
-                self.add_module(f"{stream}_{name}", part)
+        self.img_mod, self.txt_mod = (Modulation(hidden_size, 6) for _ in range(2))
+        self.img_norm1, self.txt_norm1 = plain_norm(hidden_size), plain_norm(hidden_size)
+        self.img_attn, self.txt_attn = (
+            StreamAttention(hidden_size, num_heads, qkv_bias) for _ in range(2)
+        )
+        self.img_norm2, self.txt_norm2 = plain_norm(hidden_size), plain_norm(hidden_size)
+        self.img_mlp, self.txt_mlp = (
+            nn.Sequential(
+                nn.Linear(hidden_size, inner),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(inner, hidden_size),
+            )
+            for _ in range(2)
+        )
 
     def forward(
         self, img: Tensor, txt: Tensor, vec: Tensor, turn: Rotation

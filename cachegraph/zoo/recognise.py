@@ -169,8 +169,8 @@ def _option(architecture: Architecture, name: str, value: object) -> Any:
         case float():
             fits, expected = _is_number(value, int | float), "a positive number"
         case tuple():
-            several = isinstance(value, list | tuple) and len(value) > 0
-            fits = several and all(_is_number(item, int) for item in value)
+            items = list(value) if isinstance(value, list | tuple) else []
+            fits = bool(items) and all(_is_number(item, int) for item in items)
             expected = "a list of positive whole numbers"
         case _:
             fits, expected = _is_number(value, int), "a positive whole number"

@@ -137,7 +137,8 @@ class PatchEmbed3D(nn.Module):
 
     def __init__(self, patch_size: Sequence[int], in_channels: int, hidden_size: int) -> None:
         super().__init__()
-        size = tuple(patch_size)
+        frames, height, width = patch_size
+        size = (frames, height, width)
         self.proj = nn.Conv3d(in_channels, hidden_size, size, stride=size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,8 +196,8 @@ class STDiT3(nn.Module):
         self.hidden_size, self.model_max_length = hidden_size, model_max_length
         self.latent_size = LATENT
         size = ModelSize(depth, hidden_size, num_heads)
-        name = next((name for name, known in SIZES.items() if known == size), None)
-        self.arch = f"STDiT3-{name}/{self.patch_size[-1]}" if name else "STDiT3 custom"
+        letter = next((name for name, known in SIZES.items() if known == size), None)
+        self.arch = f"STDiT3-{letter}/{self.patch_size[-1]}" if letter else "STDiT3 custom"
         self.x_embedder = PatchEmbed3D(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.fps_embedder = TimestepEmbedder(hidden_size)
@@ -244,7 +245,10 @@ class STDiT3(nn.Module):
         Raises:
             ModelError: an input has another shape than said, or is missing.
         """
-        self._check_inputs(x, y, fps, height, width)
+        self._check_inputs(x, y)
+        if fps is None or height is None or width is None:
+            what = f"{self.arch} needs fps, height and width"
+            raise ModelError(what, expected="a tensor (B,) for each of them")
         dtype = self.x_embedder.proj.weight.dtype
         text = y.squeeze(1)
         valid = None if mask is None else attended(mask, text)
@@ -317,7 +321,7 @@ class STDiT3(nn.Module):
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _check_inputs(self, x: Tensor, y: Tensor, *sizes: Tensor | None) -> None:
+    def _check_inputs(self, x: Tensor, y: Tensor) -> None:
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ModelError(
                 f"input of {self.arch} has the wrong shape",
@@ -330,9 +334,6 @@ class STDiT3(nn.Module):
                 expected=f"(B, 1, L, {self.caption_channels})",
                 found=str(tuple(y.shape)),
             )
-        if any(size is None for size in sizes):
-            what = f"{self.arch} needs fps, height and width"
-            raise ModelError(what, expected="a tensor (B,) for each of them")
 
 
 def _repeated(name: str, rows: Tensor, batch: int) -> Tensor:
