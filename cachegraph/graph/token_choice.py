@@ -149,8 +149,13 @@ class Chooser:
         streams = scoring.values
         if len(streams) > 1:
             streams = tuple(value for value in streams if value.residual == site.source)
-        span = streams[0].tokens if streams else None
+        span, folding = (streams[0].tokens, streams[0].folding) if streams else (None, None)
         tokens = site.values[0].spec.shape[1]
+        score = self._scores[core]
+        if folding is not None:
+            score = self.call(site, ops.unfold_tokens, score, folding.size, folding.outer)
+            whole *= folding.size
+            span = 0, whole
         if span is None or span[1] - span[0] != tokens:
             raise SiteError(
                 f"the attention of {scoring.name} cannot score the tokens of {site.name}",
@@ -159,10 +164,8 @@ class Chooser:
                 found=f"over {whole}",
                 remedy="use another score, such as norm, or leave the site out with sites.exclude",
             )
-        if span == (0, whole):
-            return self._scores[core]
         piece = torch.ops.aten.slice.Tensor
-        return self.call(site, piece, self._scores[core], 1, *span)
+        return score if span == (0, whole) else self.call(site, piece, score, 1, *span)
 
     def _named(self, name: str) -> fx.Node:
         return next(node for node in self.step.graph.nodes if node.name == name)

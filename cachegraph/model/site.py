@@ -24,6 +24,19 @@ class SiteKind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Folding:
+    """Tokens of a stream that lie in the batch of an attention: frames, or the places in them.
+
+    Attributes:
+        size: how many.
+        outer: the stream's tokens are sorted by them first.
+    """
+
+    size: int
+    outer: bool
+
+
+@dataclass(frozen=True)
 class SiteValue:
     """One output of a site.
 
@@ -34,6 +47,7 @@ class SiteValue:
         residual: node of the addition that it ends in.
         tokens: from which to which token of the site's attention this value's stream goes; None
             where that is not known, or there is none.
+        folding: of an attention within frames or along time.
     """
 
     node: str
@@ -41,6 +55,7 @@ class SiteValue:
     module: str | None
     residual: str = ""
     tokens: tuple[int, int] | None = None
+    folding: Folding | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import fx
 
 from cachegraph.spec import TensorSpec
 
+from .folding import find_folding
 from .site import Inner, Site, SiteKind, SiteValue
 from .structure import (
     ATTENTION,
@@ -315,6 +316,7 @@ def _value(dependence: Dependence, branch: _Branch) -> SiteValue:
         module=output_module(node),
         residual=branch.adds[-1].name,
         tokens=_tokens(dependence, branch),
+        folding=find_folding(node) if branch.cores else None,
     )
 
 

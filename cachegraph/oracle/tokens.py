@@ -150,7 +150,11 @@ class TokenChoice:
         streams = self.plan.sites[owner].values
         if len(streams) > 1:
             streams = tuple(one for one in streams if one.residual == site.source)
-        span = streams[0].tokens
+        span, folding = streams[0].tokens, streams[0].folding
+        if folding is not None:  # (B size, N')
+            grid = scores.unflatten(0, (-1, folding.size))
+            scores = (grid if folding.outer else grid.mT).flatten(1)
+            span = None
         return F.normalize(scores if span is None else scores[:, slice(*span)], dim=-1)
 
     def _update_scores(self, site: Site, source: int, step: int, picked: Tensor) -> None:
