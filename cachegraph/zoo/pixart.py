@@ -254,10 +254,13 @@ def attended(mask: Tensor, text: Tensor) -> Tensor:
     batch, tokens, _ = text.shape
     fits = mask.ndim == 2 and mask.shape[1] == tokens and mask.shape[0] > 0
     if not fits or batch % mask.shape[0]:
+        longer = mask.ndim == 2 and tokens > mask.shape[1]
         raise ModelError(
-            "mask of the text has the wrong shape",
+            "the text is longer than its mask" if longer else "mask of the text has another shape",
+            place="mask",
             expected=f"({batch}, {tokens}), or a divisor of {batch} rows",
             found=str(tuple(mask.shape)),
+            remedy="cut the text, or say in the mask which of its tokens count" if longer else "",
         )
     if mask.shape[0] != batch:
         mask = mask.repeat(batch // mask.shape[0], 1)
