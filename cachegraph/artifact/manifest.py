@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"
 GRAPHS = "graphs"
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
