@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from cachegraph.show.view import View
 
 
+_UNBROKEN = 1_000  # columns of a difference that goes to a file or pipe
+
+
 @dataclass(frozen=True)
 class Request:
     """A model to look at, as the command line has it; its shapes are enough."""
@@ -214,17 +217,15 @@ def _show_parts(
     sites: bool,
 ) -> None:
     """What was asked for; else an overview, and what each pass did where that is known."""
-    from cachegraph.graph.text import difference
     from cachegraph.graph.text import dot as graph_dot
+    from cachegraph.show.difference import show_difference
     from cachegraph.show.picture import overview
     from cachegraph.show.view import passes_table, sites_table
 
     if sites:
         show(sites_table(view.plan.sites))
     elif diff:
-        first, second = (view.texts[view.variant(name)] for name in diff)
-        same = f"{diff[0]} and {diff[1]} do not differ\n"
-        typer.echo(same if first == second else difference(first, second, diff), nl=False)
+        show(show_difference(view, *diff), columns=_UNBROKEN)
     elif dot:
         index = view.variant(variant) if variant else 0
         dot.write_text(graph_dot(view.graphs[index]))

@@ -45,7 +45,8 @@ def make_provenance(
     named = {step.variant.name: step.graph for step in graphs}
     named |= {name: module.graph for name, module in prologues.items()}
     return Provenance(
-        modules=modules_of(named.values(), {s.name: s.module or block_of(s) for s in plan.sites}),
+        modules=modules_of(named.values()),
+        sites={site.name: site.module or block_of(site) for site in plan.sites},
         made_by={name: origins(graph) for name, graph in named.items()},
         flops=flops,
         passes=tuple(

@@ -11,8 +11,6 @@ from .step_graph import ORIGIN
 
 _NO_MODULE = "_empty"  # how torch names the module of what it added itself
 
-Origins = Mapping[str, str]  # name of a node -> the pass that made it, and for which site
-
 
 @dataclass(frozen=True)
 class PassRecord:
@@ -48,57 +46,52 @@ class NodeFlops:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Of all graphs of a compiled loop; names mean the same node in every variant.
+    """Of all graphs of a compiled loop; the name of a traced node is the same in all of them.
 
     Attributes:
-        modules: name of a node -> path of the module that it belongs to; empty for the model's own.
+        modules: name of a traced node -> path of the module that it belongs to; empty for the
+            model's own.
+        sites: name of a site -> path of its module, or of the block that it is in.
         made_by: name of a graph -> nodes that a pass made -> ``insert-cache, blocks.0.attn``.
         flops: name of a graph -> nodes that have any -> their FLOPs.
         passes: what each pass did to each variant, in order.
     """
 
     modules: Mapping[str, str]
+    sites: Mapping[str, str]
     made_by: Mapping[str, Mapping[str, str]]
     flops: Mapping[str, Mapping[str, NodeFlops]]
     passes: tuple[PassRecord, ...]
 
 
-NOTHING = Provenance({}, {}, {}, ())
+NOTHING = Provenance({}, {}, {}, {}, ())
 
 
-def module_of(node: fx.Node) -> str:
-    """Path of the module whose call made a node; empty for the model's own, or where none is known.
+def module_of(node: fx.Node) -> str | None:
+    """Path of the module whose call made a node; empty for the model's own, None if not traced.
 
     A module that is called several times has one path for all of its calls.
     """
-    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-    path = str(list(stack.values())[-1][0])
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return None
+    path = str(stack[-1][0])
     return "" if path.startswith(_NO_MODULE) else path.partition("@")[0]
 
 
 def modules_in(graph: fx.Graph) -> set[str]:
     """The modules that have operations in a graph."""
-    return {module_of(node) for node in graph.nodes if node.op == "call_function"} - {""}
+    found = {module_of(node) for node in graph.nodes if node.op == "call_function"}
+    return {path for path in found if path}
 
 
-def modules_of(graphs: Iterable[fx.Graph], sites: Mapping[str, str]) -> dict[str, str]:
-    """Name of a node -> path of its module.
-
-    What a pass made belongs to the module of the site that it was made for, else to that of the
-    first node that it uses.
-
-    Args:
-        graphs: of variants and prologues.
-        sites: name of a site -> path of its module, or of the block that it is in.
-    """
-    found: dict[str, str] = {}
+def modules_of(graphs: Iterable[fx.Graph]) -> dict[str, str]:
+    """Name of a node -> path of its module, for nodes that were traced."""
+    found = {}
     for graph in graphs:
         for node in graph.nodes:
-            origin = node.meta.get(ORIGIN)
-            path = module_of(node) or (sites.get(origin.site, "") if origin is not None else "")
-            if not path and origin is not None:
-                path = next((p for n in node.all_input_nodes if (p := found.get(n.name))), "")
-            if path or node.op == "call_function":
+            path = module_of(node)
+            if path is not None and node.op == "call_function":
                 found[node.name] = path
     return found
 

@@ -6,23 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachegraph.graph.interface import Interface
-from cachegraph.graph.provenance import NodeFlops, Provenance, total_flops
+from cachegraph.graph.provenance import NodeFlops, total_flops
 from cachegraph.model.site import Site
 from cachegraph.plan.action import Action, Forecast, Refresh, sources
 from cachegraph.plan.plan import Plan
-from cachegraph.plan.slot import ConstantKind
-from cachegraph.plan.variant import Variant
-
-
-def token_counts(variant: Variant, interface: Interface, step: int) -> dict[str, int]:
-    """Symbol -> how many tokens a step recomputes."""
-    kinds = {constant.name: constant for constant in variant.constants}
-    return {
-        str(port.spec.shape[0]): len(kinds[port.name].values[step])
-        for port in interface.constants
-        if kinds[port.name].kind is ConstantKind.TOKENS
-    }
+from cachegraph.show.view import View
 
 
 @dataclass(frozen=True)
@@ -40,13 +28,13 @@ class SiteFlops:
     variant_of: tuple[int, ...]
 
     @classmethod
-    def of(cls, plan: Plan, interfaces: Sequence[Interface], provenance: Provenance) -> SiteFlops:
+    def of(cls, view: View) -> SiteFlops:
         """Every node is counted for one site at most.
 
         It is that which a pass made it for, else the one whose anchor it is, else the innermost
         whose module it belongs to.
         """
-        found = []
+        plan, provenance, found = view.plan, view.source.provenance, []
         for variant in plan.variants:
             owned: dict[str, list[NodeFlops]] = {}
             made_by = provenance.made_by.get(variant.name, {})
@@ -55,10 +43,7 @@ class SiteFlops:
                 site = site or _owner(name, provenance.modules.get(name, ""), plan.sites)
                 owned.setdefault(site, []).append(flops)
             found.append(owned)
-        tokens = tuple(
-            token_counts(plan.variants[v], interfaces[v], step)
-            for step, v in enumerate(plan.variant_of)
-        )
+        tokens = tuple(map(view.tokens, range(plan.steps)))
         return cls(tuple(found), tokens, plan.variant_of)
 
     def at(self, step: int, site: str) -> int:

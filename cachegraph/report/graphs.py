@@ -10,7 +10,7 @@ from typing import Any
 from cachegraph.graph.interface import Interface, Port, Role
 from cachegraph.plan.slot import ConstantKind, Slot, StepConstant
 from cachegraph.plan.variant import Variant
-from cachegraph.show.fold import Folding, Line
+from cachegraph.show.fold import Folding, Line, fold_ports, port_label
 from cachegraph.show.picture import common_name, steps_text
 from cachegraph.show.view import View
 
@@ -42,8 +42,7 @@ class Graphs:
     @classmethod
     def of(cls, view: View) -> Graphs:
         """Those of a view."""
-        flops = SiteFlops.of(view.plan, view.interfaces, view.source.provenance)
-        return cls(view, view.folding, flops)
+        return cls(view, view.folding, SiteFlops.of(view))
 
     def variant(self, index: int) -> dict[str, Any]:
         """A variant: its steps, what goes in and out, its nodes, and what the passes did."""
@@ -121,32 +120,17 @@ def _writes(folding: Folding, name: str, interface: Interface) -> set[str]:
 
 
 def _folded(ports: Sequence[Port], variant: Variant) -> Iterator[dict[str, Any]]:
-    """Ports that differ in numbers alone as one."""
+    """Ports that are alike as one."""
     constants = {constant.name: constant for constant in variant.constants}
-    groups: dict[object, list[Port]] = {}
-    for port in ports:
-        alike = [re.sub(r"\d+", "*", text) for text in (port.name, port.of)]
-        spec = re.sub(r"\bs\d+\b", "s", str(port.spec))
-        key = port.role, *alike, port.age, spec
-        if port.role in (Role.REQUEST, Role.STEP):
-            key = port.role, spec
-        groups.setdefault(key, []).append(port)
-    for group in groups.values():
+    for group in fold_ports(ports):
         names = [port.name for port in group]
         yield {
-            "label": _label(names),
+            "label": port_label(names),
             "names": names,
             "spec": str(group[0].spec),
             "role": str(group[0].role),
             "why": _why(group, [constants[n] for n in names if n in constants]),
         }
-
-
-def _label(names: Sequence[str]) -> str:
-    """Their common name, where they differ in numbers alone; else the first and how many more."""
-    if len({re.sub(r"\d+", "*", name) for name in names}) == 1:
-        return common_name(names)
-    return f"{names[0]} and {len(names) - 1} more"
 
 
 _PARTS = {

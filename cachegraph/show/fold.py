@@ -8,13 +8,15 @@ compared with each other, and a block of one variant with the same one of anothe
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import fx
 
+from cachegraph.graph.interface import KNOWN, Port
 from cachegraph.graph.provenance import Provenance
 from cachegraph.graph.serialise import spec_of
 from cachegraph.graph.text import operation_name, operation_text
@@ -84,49 +86,78 @@ class Change:
     after: tuple[Line, ...]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a node belongs: its module, its block, and its name within the block."""
+
+    module: str
+    block: str
+    alike: str
+
+
 @dataclass
 class Folding:
     """How the graphs of one model are folded.
 
     Attributes:
-        graphs: all that are to be compared, by name; equal names of nodes mean equal nodes.
+        graphs: all that are to be compared, by name.
         provenance: of their nodes.
     """
 
     graphs: Mapping[str, fx.Graph]
     provenance: Provenance
-    _blocks: dict[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def alike(self) -> dict[str, str]:
-        """Name of a node -> its name within its block."""
-        found: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-        for graph in self.graphs.values():
-            for node in graph.nodes:
-                if node.op == "call_function":
-                    base = re.sub(r"(_?\*)+$", "", re.sub(r"\d+", "*", node.name))
-                    numbers = tuple(map(int, re.findall(r"\d+", node.name)))
-                    found.setdefault((self.block(node.name), base), {})[node.name] = numbers
-        return {
-            name: f"{base}#{rank}"
-            for (_, base), names in found.items()
-            for rank, name in enumerate(sorted(names, key=lambda n: (names[n], n)))
-        }
-
-    def block(self, name: str) -> str:
-        """The block of a node: its path up to the first number; else its outermost module."""
-        if name not in self._blocks:
-            path = self.provenance.modules.get(name, "")
-            found = _BLOCK.match(path)
-            numbered = found is not None and found[0] in self._parents
-            self._blocks[name] = found[0] if found and numbered else path.partition(".")[0]
-        return self._blocks[name]
 
     @cached_property
     def _parents(self) -> set[str]:
         """Numbered paths that hold modules: blocks, not the layers of a sequence."""
         paths = map(_INSIDE.match, set(self.provenance.modules.values()))
         return {found[0] for found in paths if found}
+
+    def _block(self, path: str) -> str:
+        """The block of a module: its path up to the first number; else its outermost module."""
+        found = _BLOCK.match(path)
+        return found[0] if found and found[0] in self._parents else path.partition(".")[0]
+
+    @cached_property
+    def _traced(self) -> dict[str, _Place]:
+        """The places of traced nodes, in order of their numbers within each block."""
+        found: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+        for name, path in self.provenance.modules.items():
+            numbers = tuple(map(int, re.findall(r"\d+", name)))
+            found.setdefault((self._block(path), _base(name)), {})[name] = numbers
+        return {
+            name: _Place(self.provenance.modules[name], block, f"{base}#{rank}")
+            for (block, base), names in found.items()
+            for rank, name in enumerate(sorted(names, key=lambda n: (names[n], n)))
+        }
+
+    def _places(self, name: str) -> dict[str, _Place]:
+        """The places of a graph's nodes.
+
+        What a pass made belongs to the module of the site that it was made for, else to that of the
+        first node that it uses; it is counted by itself, for its names differ between graphs.
+        """
+        made_by, provenance = self.provenance.made_by.get(name, {}), self.provenance
+        found: dict[str, _Place] = {}
+        ranks: Counter[tuple[str, str]] = Counter()
+        for node in self.graphs[name].nodes:
+            if node.op != "call_function":
+                continue
+            traced = self._traced.get(node.name)
+            if traced is not None and node.name not in made_by:
+                found[node.name] = traced
+                continue
+            path = provenance.sites.get(made_by.get(node.name, "").partition(", ")[2], "")
+            used = (n.name for n in node.all_input_nodes if n.name in found)
+            first = next(used, "")
+            if traced is not None:
+                path = traced.module
+            elif not path and first:
+                path = found[first].module
+            key = self._block(path), _base(node.name.replace(_label(self._block(path)), "*"))
+            found[node.name] = _Place(path, key[0], f"{key[1]}+{ranks[key]}")
+            ranks[key] += 1
+        return found
 
     def sections(self, name: str) -> list[Section]:
         """A graph as sections, in the order of their first nodes."""
@@ -151,26 +182,41 @@ class Folding:
         ]
 
     def lines(self, name: str) -> dict[str, tuple[Line, ...]]:
-        """Block -> its nodes, in order."""
-        blocks: dict[str, list[fx.Node]] = {}
+        """Block -> its nodes, in order; none of a graph that is not there."""
+        if name not in self.graphs:
+            return {}
+        places, blocks = self._places(name), dict[str, list[fx.Node]]()
         for node in self.graphs[name].nodes:
-            if node.op == "call_function":
-                blocks.setdefault(self.block(node.name), []).append(node)
+            if node.name in places:
+                blocks.setdefault(places[node.name].block, []).append(node)
         made_by = self.provenance.made_by.get(name, {})
-        return {block: self._lines(block, nodes, made_by) for block, nodes in blocks.items()}
+        return {
+            block: self._lines(block, nodes, places, made_by) for block, nodes in blocks.items()
+        }
 
     def _lines(
-        self, block: str, nodes: Sequence[fx.Node], made_by: Mapping[str, str]
+        self,
+        block: str,
+        nodes: Sequence[fx.Node],
+        places: Mapping[str, _Place],
+        made_by: Mapping[str, str],
     ) -> tuple[Line, ...]:
         """What comes from outside of the block, and symbols, are numbered by first use in it."""
         outside: dict[str, str] = {}
         symbols: dict[str, str] = {}
+        counts: Counter[str] = Counter()
 
         def alike(match: re.Match[str]) -> str:
             name = match[1]
-            if name in self.alike and self.block(name) == block:
-                return f"%{self.alike[name]}"
-            return outside.setdefault(name, f"%outside#{len(outside)}")
+            known = name.removeprefix("known_")
+            place = places.get(name) or self._traced.get(known)
+            if place is not None and place.block == block:
+                return f"%{'known ' * (known != name)}{place.alike}"
+            if name not in outside:
+                base = _base(name.replace(_label(block), "*"))
+                outside[name] = f"%outside {base}#{counts[base]}"
+                counts[base] += 1
+            return outside[name]
 
         def line(node: fx.Node) -> Line:
             text, spec, made = operation_text(node), spec_of(node), made_by.get(node.name, "")
@@ -181,20 +227,55 @@ class Folding:
                 # What is made for all blocks at once is handed out one row a block.
                 form = re.sub(r"\d+\)", "its own row)", form)
             form = _SYMBOL.sub(lambda m: symbols.setdefault(m[0], f"s#{len(symbols)}"), form)
+            place = places[node.name]
             return Line(
                 name=node.name,
-                alike=self.alike[node.name],
-                module=self.provenance.modules.get(node.name, ""),
+                alike=place.alike,
+                module=place.module,
                 operation=operation_name(node),
                 text=text,
                 spec=spec,
                 made_by=made,
-                form=f"{self.alike[node.name]} = {form}",
+                form=f"{place.alike} = {form}",
             )
 
         return tuple(map(line, nodes))
 
 
+def _base(name: str) -> str:
+    """A name without its numbers: ``linear_17`` and ``linear_17_0_384`` are a ``linear``."""
+    return re.sub(r"(_?\*)+$", "", re.sub(r"\d+", "*", name))
+
+
+def _label(block: str) -> str:
+    """A block's path as it stands in the names of slots and of what passes made."""
+    return re.sub(r"\W+", "_", block) if block else "\0"
+
+
+def fold_ports(ports: Sequence[Port]) -> list[list[Port]]:
+    """Inputs or outputs by what they are: those that differ in numbers alone stand together.
+
+    What is known beforehand has names that say little, so it stands together by its shape.
+    """
+    groups: dict[object, list[Port]] = {}
+    for port in ports:
+        spec = re.sub(r"\bs\d+\b", "s", str(port.spec))
+        alike = () if port.role in KNOWN else tuple(map(_starred, (port.name, port.of)))
+        groups.setdefault((port.role, spec, port.age, *alike), []).append(port)
+    return list(groups.values())
+
+
+def port_label(names: Sequence[str]) -> str:
+    """Their common name, where they differ in numbers alone; else the first and how many more."""
+    if len(set(map(_starred, names))) == 1:
+        return common_name(names)
+    return f"{names[0]} and {len(names) - 1} more"
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
 def _same(block: str, lines: Sequence[Line]) -> object:
     """Equal for blocks that do the same."""
-    return re.sub(r"\d+", "*", block), tuple(line.form for line in lines)
+    return _starred(block), tuple(line.form for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.table import Table
@@ -22,7 +23,8 @@ from cachegraph.graph.text import graph_text
 from cachegraph.model.signature import CallSignature
 from cachegraph.model.site import Site
 from cachegraph.plan.plan import Plan
-from cachegraph.plan.slot import Slot
+from cachegraph.plan.slot import ConstantKind, Slot
+from cachegraph.plan.variant import Variant
 
 from .fold import Folding
 from .picture import letter, plain_table
@@ -62,12 +64,27 @@ class View:
         source = self.source
         return source.schedule_text if isinstance(source, Artifact) else source.schedule.to_yaml()
 
-    @property
+    @cached_property
     def folding(self) -> Folding:
         """The graphs of variants and prologues, folded."""
         graphs = {step.variant.name: step.graph for step in self.graphs}
         graphs |= {name: module.graph for name, module in self.prologues.items()}
         return Folding(graphs, self.source.provenance)
+
+    def tokens(self, step: int) -> dict[str, int]:
+        """Symbol -> how many tokens a step recomputes."""
+        index = self.plan.variant_of[step]
+        kinds = {constant.name: constant for constant in self.plan.variants[index].constants}
+        return {
+            str(port.spec.shape[0]): len(kinds[port.name].values[step])
+            for port in self.interfaces[index].constants
+            if kinds[port.name].kind is ConstantKind.TOKENS
+        }
+
+    def mean_tokens(self, variant: Variant) -> dict[str, float]:
+        """Symbol -> how many tokens the steps of a variant recompute on average."""
+        counts = [self.tokens(step) for step in variant.steps]
+        return {name: sum(one[name] for one in counts) / len(counts) for name in counts[0]}
 
     def variant(self, name: str) -> int:
         """Index of the variant of that name.
