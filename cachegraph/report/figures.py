@@ -101,8 +101,9 @@ def _quality(entries: Sequence[Mapping[str, Any]], said: str) -> dict[str, Any] 
     if not points:
         return None
     for one in points:
-        quicker = [p for p in points if p["x"] < one["x"]]
-        one["front"] = all(p["y"] < one["y"] for p in quicker)
+        at = one["x"], -one["y"]
+        others = [(p["x"], -p["y"]) for p in points]
+        one["front"] = not any(p != at and p[0] <= at[0] and p[1] <= at[1] for p in others)
     return {"what": said, "x": "seconds a trajectory", "y": "PSNR in dB", "points": points}
 
 

@@ -57,9 +57,10 @@ def show_difference(view: View, first: str, second: str) -> RenderableType:
 
 def _headers(view: View, one: Variant, other: Variant) -> Iterator[str]:
     """Steps, and what sites do where that differs; sites that are alike in one line."""
-    yield "@@ steps"
-    yield f"-{steps_text(one.steps, 60)}"
-    yield f"+{steps_text(other.steps, 60)}"
+    if one.steps != other.steps:
+        yield "@@ steps"
+        yield f"-{steps_text(one.steps, 60)}"
+        yield f"+{steps_text(other.steps, 60)}"
     groups: dict[tuple[str, str], list[str]] = {}
     for index, site in enumerate(view.plan.sites):
         words = [

@@ -213,7 +213,8 @@ class Folding:
             if place is not None and place.block == block:
                 return f"%{'known ' * (known != name)}{place.alike}"
             if name not in outside:
-                base = _base(name.replace(_label(block), "*"))
+                # A stream may come from any operation; inputs are told apart by their names.
+                base = "" if place else _base(name.replace(_label(block), "*"))
                 outside[name] = f"%outside {base}#{counts[base]}"
                 counts[base] += 1
             return outside[name]

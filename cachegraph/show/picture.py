@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from rich.console import Group, RenderableType
@@ -52,7 +52,7 @@ class PictureRow:
     label: str
     count: int
     cells: str
-    sites: tuple[int, ...] = ()
+    sites: tuple[int, ...] = field(default=(), compare=False)
 
 
 def letter(action: Action) -> str:

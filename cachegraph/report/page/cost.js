@@ -66,7 +66,7 @@ function lifelines() {
 
 function costView(section) {
   const cost = data.cost, memory = Math.max(...cost.cache_bytes, ...cost.unfreed_cache_bytes);
-  const chart = (picture, words) => h("figure", null, picture, h("figcaption", null, words));
+  const chart = (picture, words) => h("figure", null, wide(words, picture), h("figcaption", null, words));
   const flops = bars(cost.flops, Math.max(cost.full_flops, ...cost.flops), amount, "FLOPs of each step", "var(--bar)",
     (step) => `step ${step}, ${variantOf(step).name}: ${amount(cost.flops[step])} FLOPs, ${percent(cost.flops[step], cost.full_flops)} of a full step`);
   section.append(h("h2", null, "Cost: what steps take and what is kept between them"),

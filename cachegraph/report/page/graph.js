@@ -1,6 +1,13 @@
 // A variant's graph: what goes in and out, its blocks folded, what the passes removed, a search.
 
-let openGraph = () => {};
+/** Shows the graph of a variant, whichever view is open. */
+function openGraph(name) {
+  showView("graphs");
+  const choice = document.getElementById("variant");
+  choice.value = name;
+  choice.dispatchEvent(new Event("change"));
+  choice.focus();
+}
 
 /** The sections of a graph, each folded until it is opened. */
 function sections(found, name) {
@@ -43,9 +50,9 @@ function nodeTable(section) {
       h("td", null, node.flops ? `${amount(node.flops)}${node.tokens ? " a token" : ""}` : ""),
       h("td", null, [...(node.marks || "")].map((mark) => h("span", { class: `tag ${MARKS[mark][0]}` }, MARKS[mark][1])), node.made_by ? ` by ${node.made_by}` : "")));
   }
-  return h("table", { class: "nodes" },
+  return wide(`operations of ${section.label}`, h("table", { class: "nodes" },
     h("thead", null, h("tr", null, ["node", "operation", "shape", "FLOPs", "cache, provenance"].map((one) => h("th", { scope: "col" }, one)))),
-    h("tbody", null, rows));
+    h("tbody", null, rows)));
 }
 
 function ports(title, found) {
@@ -80,12 +87,6 @@ function graphView(section) {
     draw();
     reveal(shown, name, node);
   }));
-  openGraph = (name) => {
-    showView("graphs");
-    choice.value = name;
-    draw();
-    choice.focus();
-  };
   draw();
 }
 

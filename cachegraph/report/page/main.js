@@ -20,6 +20,11 @@ function showView(name) {
     tab.tabIndex = chosen ? 0 : -1;
     if (chosen) drawOnce(id, draw, section);
   }
+}
+
+/** Shows a view that was chosen; reloading the page comes back to it. */
+function remember(name) {
+  showView(name);
   history.replaceState(null, "", `#${name}`);
 }
 
@@ -42,7 +47,7 @@ function start() {
   const tabs = document.getElementById("tabs"), views = document.getElementById("views");
   views.replaceChildren();
   for (const [id, label] of VIEWS) {
-    tabs.append(h("button", { role: "tab", id: `tab-${id}`, "aria-controls": id, "aria-selected": "false", tabindex: -1, onclick: () => showView(id) }, label));
+    tabs.append(h("button", { role: "tab", id: `tab-${id}`, "aria-controls": id, "aria-selected": "false", tabindex: -1, onclick: () => remember(id) }, label));
     views.append(h("section", { role: "tabpanel", id, "aria-labelledby": `tab-${id}`, hidden: true }));
   }
   tabs.addEventListener("keydown", (event) => {
@@ -50,7 +55,7 @@ function start() {
     if (!by) return;
     const at = VIEWS.findIndex(([id]) => `tab-${id}` === document.activeElement.id);
     const [next] = VIEWS[(at + by + VIEWS.length) % VIEWS.length];
-    showView(next);
+    remember(next);
     document.getElementById(`tab-${next}`).focus();
   });
   window.addEventListener("beforeprint", () => VIEWS.forEach(([id, , draw]) => drawOnce(id, draw, document.getElementById(id))));

@@ -49,8 +49,8 @@ function planView(section) {
     h("p", { class: "hint" }, "Arrow keys move, Enter shows a step below, + unfolds the sites of a row."),
     h("ul", { class: "legend" }, LEGEND.filter(([action]) => used.has(action)).map(([action, letter, words]) =>
       h("li", null, h("span", { class: `key ${action}` }, letter), words))),
-    h("div", { class: "scroll" }, grid), status, panel,
-    h("details", null, h("summary", null, "Schedule"), h("div", { class: "inside" }, h("pre", { class: "schedule" }, data.schedule))));
+    wide("the plan, scrollable", grid, "scroll"), status, panel,
+    h("details", null, h("summary", null, "Schedule"), h("div", { class: "inside" }, wide("the schedule", h("pre", { class: "schedule" }, data.schedule)))));
   drawGrid(grid, status, (step) => showStep(panel, grid, step));
   showStep(panel, grid, 0);
 }

@@ -10,7 +10,7 @@ function qualityView(section) {
   const title = `${found.y} against ${found.x}`;
   const marks = [0, 0.25, 0.5, 0.75, 1].flatMap((part) => {
     const value = low + part * (high - low), across = part * most;
-    return [s("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }), s("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(1)),
+    return [s("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }), s("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(2)),
       s("text", { class: "scale", x: x(across), y: height - 18, "text-anchor": "middle" }, across.toPrecision(3))];
   });
   const best = points.filter((one) => one.front).sort((a, b) => a.x - b.x);
@@ -19,7 +19,7 @@ function qualityView(section) {
     s("circle", { cx: x(one.x), cy: y(one.y), r: one.front ? 6 : 4, fill: one.front ? "var(--bar)" : "var(--bar2)" }, s("title", null, `${one.name}: ${one.x} ${found.x}, ${one.y} ${found.y}`)),
     s("text", { x: x(one.x) + 9, y: y(one.y) + 4 }, one.name)]);
   section.append(h("h2", null, "Quality against time"), h("p", null, found.what),
-    h("figure", null, s("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": title }, s("title", null, title), marks, line, dots, s("text", { x: WIDTH - RIGHT, y: height - 2, "text-anchor": "end" }, found.x), s("text", { x: 2, y: 12 }, found.y)),
+    h("figure", null, wide(title, s("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": title }, s("title", null, title), marks, line, dots, s("text", { x: WIDTH - RIGHT, y: height - 2, "text-anchor": "end" }, found.x), s("text", { x: 2, y: 12 }, found.y))),
       h("figcaption", null, "Large dots: nothing else is both quicker and closer.")),
     table("", ["schedule", found.x + "#", found.y + "#", ""], points.map((one) => [one.name, one.x.toPrecision(4), one.y === null ? "exact" : one.y.toFixed(2), one.front ? "on the front" : ""])));
 }

@@ -89,13 +89,29 @@ function grouped(items, key) {
   return groups;
 }
 
+const watcher = new ResizeObserver((found) => {
+  for (const target of new Set(found.map((one) => one.target.closest("[role=group]")))) {
+    if (!target) continue;
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    else target.removeAttribute("tabindex");
+  }
+});
+
+/** What may be wider than the page scrolls by itself, by keyboard too. */
+function wide(label, child, kind) {
+  const made = h("div", { class: kind || "wide", role: "group", "aria-label": label }, child);
+  watcher.observe(made);
+  watcher.observe(child);
+  return made;
+}
+
 /** A table with headings; cells that are numbers in headings ending with "#" stand to the right. */
 function table(caption, headings, rows, kind) {
   const right = headings.map((one) => one.endsWith("#"));
   const cell = (tag, value, i) => h(tag, { class: right[i] ? "number" : null, scope: tag === "th" ? "col" : null }, value);
-  return h("div", { class: "wide" },
+  return wide(caption || headings.join(", ").replaceAll("#", ""),
     h("table", { class: kind || "list" },
-      h("caption", { class: "faint" }, caption),
+      caption ? h("caption", { class: "faint" }, caption) : null,
       h("thead", null, h("tr", null, headings.map((one, i) => cell("th", one.replace("#", ""), i)))),
       h("tbody", null, rows.map((row) => h("tr", null, row.map((value, i) => cell("td", value, i)))))));
 }
