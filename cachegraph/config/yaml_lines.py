@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from cachegraph.downloads import mistaken
 from cachegraph.errors import ScheduleError
 
 from .yaml_values import FLOAT, TAG, Lines, Reader, events
@@ -108,6 +109,9 @@ def _read_text(path: Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a path that no file system can have
         reason = getattr(error, "strerror", None) or str(error)
         raise ScheduleError(f"the file cannot be read: {reason}", place=str(path)) from error
+    instead, remedy = mistaken(path) if raw else ("", "")
+    if instead:
+        raise ScheduleError("the file holds no YAML", place=str(path), found=instead, remedy=remedy)
     if len(raw) > MAX_BYTES:
         raise ScheduleError(
             "the file is too large for a schedule", place=str(path), expected="at most 10 MiB"

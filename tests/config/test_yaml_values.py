@@ -42,6 +42,15 @@ def test_odd_characters(tmp_path: Path) -> None:
     )
 
 
+def test_a_pointer_in_place_of_a_schedule(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n")
+    assert refusal(path).endswith(
+        "s.yaml: the file holds no YAML; found a git-lfs pointer, which stands for the file; "
+        "fetch the file itself: git lfs pull"
+    )
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
