@@ -18,7 +18,7 @@ from torch import Tensor
 from cachegraph.downloads import mistaken
 from cachegraph.errors import ModelError
 
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 NESTED_KEYS = ("ema", "model", "state_dict")  # in order of preference: averages sample better
 SHOWN_NAMES = 5
 
