@@ -41,6 +41,7 @@ class _Commands(TyperGroup):
             with warnings.catch_warnings():
                 for category in (DeprecationWarning, FutureWarning):  # torch's, about itself
                     warnings.simplefilter("ignore", category)
+                warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
             raise  # typer reports it
@@ -52,6 +53,10 @@ class _Commands(TyperGroup):
                 traceback.print_exc()
             typer.echo(_message(error), err=True)
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _message(error: Exception) -> str:
