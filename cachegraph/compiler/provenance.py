@@ -8,9 +8,8 @@ from cachegraph.graph.provenance import (
     PassRecord,
     Provenance,
     modules_of,
-    origins,
 )
-from cachegraph.graph.step_graph import StepGraph
+from cachegraph.graph.step_graph import ORIGIN, StepGraph
 from cachegraph.model.site import block_of
 from cachegraph.plan.plan import Plan
 
@@ -47,7 +46,10 @@ def make_provenance(
     return Provenance(
         modules=modules_of(named.values()),
         sites={site.name: site.module or block_of(site) for site in plan.sites},
-        made_by={name: origins(graph) for name, graph in named.items()},
+        made_by={
+            name: {n.name: str(n.meta[ORIGIN]) for n in graph.nodes if ORIGIN in n.meta}
+            for name, graph in named.items()
+        },
         flops=flops,
         passes=tuple(
             PassRecord(one.variant, one.pass_name, one.rewrites, one.nodes, one.removed)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .step_graph import ORIGIN
-
 _NO_MODULE = "_empty"  # how torch names the module of what it added itself
 
 
@@ -94,11 +92,6 @@ def modules_of(graphs: Iterable[fx.Graph]) -> dict[str, str]:
             if path is not None and node.op == "call_function":
                 found[node.name] = path
     return found
-
-
-def origins(graph: fx.Graph) -> dict[str, str]:
-    """Nodes that a pass made -> which, and for which site."""
-    return {node.name: str(node.meta[ORIGIN]) for node in graph.nodes if ORIGIN in node.meta}
 
 
 def total_flops(nodes: Sequence[NodeFlops], tokens: Mapping[str, int]) -> int:
