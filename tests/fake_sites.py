@@ -29,26 +29,30 @@ def make_sites(
     return [*sites, make_site("blocks", "stack", **sizes)] if stack else sites
 
 
-def flux_sites(depth: int = 19, single: int = 38, split: bool = True) -> list[Site]:
+def flux_sites(
+    depth: int = 19, single: int = 38, split: bool = True, width: int = 3072
+) -> list[Site]:
     """Those of FLUX: blocks of two streams, then blocks whose attention and mlp are one site."""
     sites = []
     for block in (f"double_blocks.{i}" for i in range(depth)):
-        image, text = (_tokens(f"{block}.{name}", n) for name, n in (("img", 4096), ("txt", 512)))
+        image, text = (
+            _tokens(f"{block}.{name}", n, width) for name, n in (("img", 4096), ("txt", 512))
+        )
         sites += [
             Site(f"{block}:attn", SiteKind.ATTN, (image, text), None, anchors=()),
-            replace(make_site(f"{block}.img_mlp", "mlp", 4096), source=image.residual),
-            replace(make_site(f"{block}.txt_mlp", "mlp", 512), source=text.residual),
+            replace(make_site(f"{block}.img_mlp", "mlp", 4096, width), source=image.residual),
+            replace(make_site(f"{block}.txt_mlp", "mlp", 512, width), source=text.residual),
         ]
     for block in (f"single_blocks.{i}" for i in range(single)):
-        site = replace(make_site(f"{block}:attn", "attn", 4608), fused=True)
-        spec = TensorSpec(("s0", 4608, 1152), torch.float32)
-        inner = Inner("cat", spec, (0, 1152)) if split else None
+        site = replace(make_site(f"{block}:attn", "attn", 4608, width), fused=True)
+        spec = TensorSpec(("s0", 4608, width), torch.float32)
+        inner = Inner("cat", spec, (0, width)) if split else None
         sites.append(replace(site, inner=inner))
     return sites
 
 
-def _tokens(name: str, tokens: int) -> SiteValue:
-    spec = TensorSpec(("s0", tokens, 1152), torch.float32)
+def _tokens(name: str, tokens: int, width: int) -> SiteValue:
+    spec = TensorSpec(("s0", tokens, width), torch.float32)
     return SiteValue(name, spec, name, residual=f"{name}.add")
 
 

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 from torch import fx
 
 from cachegraph.spec import TensorSpec
 
 from .folding import find_folding
-from .site import Inner, Site, SiteKind, SiteValue
+from .site import Site, SiteKind, SiteValue
+from .streams import inner_of, tokens_of
 from .structure import (
     ATTENTION,
     CARRIED,
@@ -29,7 +29,6 @@ from .structure import (
     Dependence,
     aten,
     common_module,
-    cut,
     enclosing_module,
     module_stack,
     output_module,
@@ -290,7 +289,9 @@ def _site(dependence: Dependence, group: list[_Branch]) -> Site:
     anchors = {n for branch in group for n in (*branch.cores, *branch.linears)}
     adds = [add for branch in group for add in branch.adds]
     kind = _kind(dependence, group)
-    joined = [inner for branch in group for inner in _inner(dependence, branch)]
+    joined = [
+        inner for branch in group for inner in inner_of(dependence, branch.cores, branch.linears)
+    ]
     module = enclosing_module(anchors, adds)
     block = common_module([*anchors, *adds])
     return Site(
@@ -315,24 +316,9 @@ def _value(dependence: Dependence, branch: _Branch) -> SiteValue:
         spec=TensorSpec.of(node.meta["val"]),
         module=output_module(node),
         residual=branch.adds[-1].name,
-        tokens=_tokens(dependence, branch),
+        tokens=tokens_of(dependence, branch.cores, node),
         folding=find_folding(node) if branch.cores else None,
     )
-
-
-def _tokens(dependence: Dependence, branch: _Branch) -> tuple[int, int] | None:
-    """Which tokens of the attention a stream takes: a joint one is cut into its streams."""
-    if len(branch.cores) != 1:
-        return None
-    [core] = branch.cores
-    tokens = core.meta["val"].shape[-2]
-    if not isinstance(tokens, int):
-        return None
-    for node in dependence.between(core, branch.value):
-        piece, whole, start = cut(node)
-        if start is not None and whole == tokens and isinstance(piece, int):
-            return start, start + piece
-    return 0, tokens
 
 
 def _reader(dependence: Dependence, branch: _Branch) -> str | None:
@@ -354,37 +340,6 @@ def _kind(dependence: Dependence, group: list[_Branch]) -> SiteKind:
         if any(not dependence.depends(a, source) for a in factors):
             return SiteKind.CROSS_ATTN
     return SiteKind.ATTN
-
-
-def _inner(dependence: Dependence, branch: _Branch) -> list[Inner | None]:
-    """The attention where the last projection takes it and another branch of the block together.
-
-    Empty where none does so; None where the two are not joined channel by channel.
-    """
-    for linear in branch.linears if branch.cores else ():
-        joined = strip(linear.all_input_nodes[0], VIEWS | CASTS)
-        if joined.target is not aten.cat.default:
-            continue
-        parts = joined.all_input_nodes
-        with_core = [any(dependence.depends(p, core) for core in branch.cores) for p in parts]
-        if any(with_core) and not all(with_core):
-            return [_part(linear, joined, with_core)]
-    return []
-
-
-def _part(linear: fx.Node, joined: fx.Node, with_core: Sequence[bool]) -> Inner | None:
-    value = joined.meta["val"]
-    dim: Any = joined.args[1] if len(joined.args) > 1 else 0
-    parts: Any = joined.args[0]
-    widths = [part.meta["val"].shape[-1] for part in parts]
-    if linear.args[0] is not joined or dim % value.ndim != value.ndim - 1:
-        return None
-    if value.ndim != 3 or sum(with_core) != 1 or not all(isinstance(w, int) for w in widths):
-        return None
-    at = list(with_core).index(True)
-    start = sum(widths[:at])
-    spec = TensorSpec.of(parts[at].meta["val"])
-    return Inner(parts[at].name, spec, (start, start + widths[at]))
 
 
 def _with_unique_names(sites: tuple[Site, ...]) -> tuple[Site, ...]:
