@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from cachegraph.backends import AheadOfTime, Progress, check_all, get_backend
 from cachegraph.backends.named import named_graphs
 from cachegraph.errors import ArtifactError
-from cachegraph.folders import refuse_foreign, written_whole
+from cachegraph.folders import refuse_foreign, writing, written_whole
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import (
     WEIGHTS_FILE,
@@ -184,7 +184,8 @@ class Artifact:
             return
         folder = Path(tempfile.mkdtemp(prefix="cachegraph-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._emit(chosen, folder, progress)
+        with writing(folder):
+            self._emit(chosen, folder, progress)
         self.compiled[chosen.name] = folder
 
     def _emit(self, backend: AheadOfTime, folder: Path, progress: Progress) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
 from .options import (
     ArchOption,
@@ -212,7 +213,8 @@ def _show_parts(
         typer.echo(same if first == second else difference(first, second, diff), nl=False)
     elif dot:
         index = view.variant(variant) if variant else 0
-        dot.write_text(graph_dot(view.graphs[index]))
+        with writing(dot):
+            dot.write_text(graph_dot(view.graphs[index]))
         show(f"{dot}: {view.plan.variants[index].name} in DOT")
     elif variant:
         typer.echo(view.texts[view.variant(variant)], nl=False)

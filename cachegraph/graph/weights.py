@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cachegraph.errors import ArtifactError, SessionError
+from cachegraph.errors import ArtifactError, SessionError, out_of_memory
 
 # Bytes. Matrix products round differently on data that is not aligned as torch aligns its own, so
 # a loaded model would not compute bit for bit what the compiled one does.
@@ -205,6 +205,16 @@ def load_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
             return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ArtifactError(
+            "not enough memory for the weights",
+            place=str(path),
+            expected=f"{path.stat().st_size} bytes on {device}",
+            found=str(error).partition("\n")[0],
+            remedy="free some memory, or load them on another device",
+        ) from error
 
 
 def tensor_digests(path: Path) -> dict[str, str]:
