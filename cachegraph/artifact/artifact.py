@@ -31,7 +31,6 @@ from cachegraph.graph.weights import (
     refuse_changed,
     save_weights,
     stamp,
-    tensor_digests,
 )
 from cachegraph.runtime.cuda_graph import recorders
 from cachegraph.runtime.known import Prologues, StepFunction
@@ -221,7 +220,7 @@ class Artifact:
         # First, for it needs the memory that weights take which are mapped and were not read yet.
         self._write_compiled(folder / COMPILED / self.backend, progress)
         stored, aliases = distinct(self.weights)
-        save_weights(stored, folder / WEIGHTS_FILE)
+        digests = save_weights(stored, folder / WEIGHTS_FILE)
         (folder / SCHEDULE).write_text(self.schedule_text)
         (folder / GRAPHS).mkdir()
         names = [layout.name for layout in self.program.variants]
@@ -236,7 +235,7 @@ class Artifact:
             torch=torch.__version__.split("+")[0],
             backend=self.backend,
             files={str(p.relative_to(folder)): record(p) for p in files},
-            weights=tensor_digests(folder / WEIGHTS_FILE),
+            weights=digests,
             aliases=aliases,
             program=self.program,
             made_from=origin.digest if origin is not None and origin.unchanged() else None,
