@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -196,18 +195,15 @@ PIPELINES = {
 }
 
 
-@cache
-def traces() -> dict[tuple[int, str], TracedModel]:
-    """What was traced, by model and call."""
-    return {}
+_TRACES: dict[str, tuple[nn.Module, TracedModel]] = {}  # with their models, so that ids are theirs
 
 
 def trace_once(model: nn.Module, args: Sequence[Any], kwargs: Any, **options: Any) -> TracedModel:
     """As ``trace``, of which every call costs seconds."""
-    key = (id(model), f"{in_words(kwargs)} {options} {model}")
-    if key not in traces():
-        traces()[key] = trace(model, args, kwargs, **options)
-    return traces()[key]
+    key = f"{id(model)} {in_words(kwargs)} {options} {model}"
+    if key not in _TRACES:
+        _TRACES[key] = model, trace(model, args, kwargs, **options)
+    return _TRACES[key][1]
 
 
 def traced_once() -> Any:

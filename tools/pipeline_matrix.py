@@ -26,7 +26,7 @@ import cachegraph as cg
 from cachegraph.model.signature import call_arguments
 from cachegraph.pipelines.denoiser import Denoiser, denoiser_of
 
-STEPS, FEWER, MORE, INTERVAL = 6, 4, 9, 3
+STEPS, FEWER, MORE, INTERVAL = 6, 5, 9, 3
 CLOSE = 1e-4
 FORA = {"cachegraph": 1, "policy": {"method": "fora", "interval": INTERVAL}}
 FULL = {"cachegraph": 1, "policy": {"method": "full"}}

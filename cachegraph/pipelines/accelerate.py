@@ -17,6 +17,7 @@ from cachegraph.schedule.schedule import Schedule, load_schedule
 from .denoiser import Denoiser, denoiser_of
 from .forms import Forms
 from .modelstate import refuse_hooks
+from .store import Store
 from .summary import Summary, summarise
 
 Pipe = TypeVar("Pipe")
@@ -68,7 +69,8 @@ def accelerate(
             )
     restore(pipe)
     for component, model in models.items():
-        forms = Forms(model, asked, backend, varying, progress or _say)
+        store = None if out is None else Store(Path(out))
+        forms = Forms(model, asked, backend, varying, progress or _say, store)
         Denoiser(pipe, component, forms, varying, strict).install()
     return pipe
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from cachegraph.model.signature import TIMESTEP_NAMES, call_arguments
+from cachegraph.model.signature import TIMESTEP_NAMES
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,6 @@ class Call:
     arguments: Mapping[str, Any]
     context: Context
     varying: Collection[str] = ()
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        context: Context,
-        varying: Collection[str] = (),
-    ) -> Call:
-        """A call of a model.
-
-        Raises:
-            TraceError: the arguments do not fit the model's ``forward``.
-        """
-        return cls(call_arguments(model, args, kwargs), context, varying)
 
     @cached_property
     def clock(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cachegraph.errors import SessionError
+from cachegraph.model.signature import call_arguments
 
 from .call import Call, Context
 from .forms import Forms
@@ -114,7 +115,8 @@ class Denoiser:
             SessionError: with ``strict``, a call that cannot be cached.
         """
         pipe = self.pipe
-        call = Call.of(self.model, args, kwargs, self._context, self._varying)
+        given = call_arguments(self.model, args, kwargs, self._original)
+        call = Call(given, self._context, self._varying)
         why = "the pipeline that the model was accelerated in is gone"
         if pipe is not None:
             image = self._image_of(pipe, call)

@@ -22,6 +22,7 @@ from cachegraph.spec import TensorSpec
 
 from .call import leaves_of
 from .modelstate import bare, refuse_hooks, structure_of, tensors_of
+from .store import Store, contents_of, name_of
 
 Arguments = Mapping[str, Any]
 Key = tuple[object, ...]
@@ -36,7 +37,7 @@ class Form:
     Attributes:
         arguments: leaf -> what it was in the call that it was compiled for, in words.
         steps: of a trajectory.
-        traced: the model.
+        traced: the model; None where the artifact was found on disk.
         artifact: the compiled loop.
         runner: runs it.
         idle: sessions that no image uses now; they have learned the sampler's timesteps.
@@ -44,7 +45,7 @@ class Form:
 
     arguments: Mapping[str, str]
     steps: int
-    traced: TracedModel
+    traced: TracedModel | None
     artifact: Artifact
     runner: Runner
     idle: list[Session] = field(default_factory=list)
@@ -64,7 +65,8 @@ class Form:
         same = all(now[name] is tensor for name, tensor in artifact.weights.items())
         if same and stamp(now) == artifact.stamp:
             return
-        relink(self.traced.module, now)
+        if self.traced is not None:
+            relink(self.traced.module, now)
         self.artifact = artifact.with_weights(now)
         ahead = isinstance(get_backend(artifact.backend), AheadOfTime)  # opened with the old ones
         self.runner = self.artifact.runner(functions=None if ahead else self.runner.functions)
@@ -93,6 +95,7 @@ class Forms:
         backend: what runs the graphs.
         varying: inputs that differ from step to step.
         progress: is told what is being done.
+        store: where compiled loops are kept; None for nowhere.
     """
 
     def __init__(
@@ -102,12 +105,14 @@ class Forms:
         backend: str,
         varying: Sequence[str],
         progress: Progress,
+        store: Store | None = None,
     ) -> None:
         self.model, self.schedule, self.backend = model, schedule, backend
         self.compiled: list[Form] = []
         self._varying, self._progress = tuple(varying), progress
         self._found: dict[Key, Form] = {}
         self._structure: tuple[object, ...] = ()
+        self._store = store
 
     def refresh(self) -> None:
         """Before an image: forget what was compiled for a model that is another one by now."""
@@ -131,20 +136,34 @@ class Forms:
             fitting = [f for f in self.compiled if f.inputs_of(arguments) is not None]
             form = next((f for f in fitting if f.steps == steps), None)
             if form is None:
-                form = self._compile(arguments, steps, fitting[0].traced if fitting else None)
+                traced = next((f.traced for f in fitting if f.traced is not None), None)
+                form = self._compile(arguments, steps, traced)
                 self.compiled.append(form)
             self._found[key] = form
         return form
 
     def _compile(self, arguments: Arguments, steps: int, traced: TracedModel | None) -> Form:
         schedule = scaled(self.schedule, steps)
-        words = in_words(arguments)
+        words, name = in_words(arguments), ""
+        if self._store is not None:
+            weights = tensors_of(self.model)
+            made_from = (words, schedule.to_yaml(), self.backend, self._varying, self._structure)
+            contents = contents_of(weights)
+            name = name_of(self.model, steps, made_from=made_from, contents=contents)
+            device = next(iter(weights.values())).device
+            found = self._store.find(name, device, weights)
+            if found is not None:
+                self._progress(f"found {name} for {_shown(words, steps)}")
+                return Form(words, steps, None, found, found.runner())
         self._progress(f"compiling for {_shown(words, steps)}")
         self._warn_of_many(words, steps)
         with bare(self.model):
             built = build(self.model, schedule, (), arguments, varying=self._varying, traced=traced)
-            artifact = assemble(built, self.backend)
+        artifact = assemble(built, self.backend)
+        if self._store is None:
             artifact.compile_ahead(progress=self._progress)
+        else:
+            self._store.keep(name, artifact, self._progress)
         return Form(words, steps, built.traced, artifact, artifact.runner())
 
     def _warn_of_many(self, words: Mapping[str, str], steps: int) -> None:

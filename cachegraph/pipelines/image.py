@@ -102,7 +102,8 @@ class Image:
             branch = begun(call, run, forms)
             self.branches.append(branch)
             return branch, here
-        return self._part_of(call, here if index is not None else None), here
+        part = self._part_of(call, index)
+        return part, here if part is None else part.index + 1
 
     def why_not(self, call: Call, index: int) -> str:
         """Why a call is not cached."""

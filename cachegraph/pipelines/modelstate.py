@@ -50,7 +50,9 @@ def _described(value: Any, deep: int = 3) -> object:
         return value
     if isinstance(value, Mapping) and deep:
         return tuple((str(k), _described(v, deep - 1)) for k, v in value.items())
-    if isinstance(value, list | tuple | set) and deep:
+    if isinstance(value, set) and deep:
+        return tuple(sorted((_described(v, deep - 1) for v in value), key=repr))
+    if isinstance(value, list | tuple) and deep:
         return tuple(_described(v, deep - 1) for v in value)
     return getattr(value, "__qualname__", type(value).__qualname__)
 
