@@ -105,9 +105,8 @@ class Session:
                 remedy="compile the artifact again",
             ) from error
         branch.position = position
-        latent = (
-            runner.tracking.latent if said is None else None
-        )  # else nothing is to be told by it
+        # Where the step is said, nothing is to be told by the latent.
+        latent = runner.tracking.latent if said is None else None
         branch.trail = None if latent is None else Trail.of(inputs[latent], outputs)
         return signature.unflatten(outputs, kwargs.get("return_dict"))
 
