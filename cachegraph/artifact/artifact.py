@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from cachegraph.graph.weights import (
     Stamp,
     distinct,
     refuse_changed,
+    relink,
     save_weights,
     stamp,
 )
@@ -136,6 +137,7 @@ class Artifact:
         backend: str | None = None,
         timesteps: Sequence[float] | None = None,
         cuda_graphs: bool = False,
+        functions: Sequence[StepFunction] | None = None,
     ) -> Runner:
         """A callable with the traced model's signature.
 
@@ -144,6 +146,7 @@ class Artifact:
             backend: another backend than the artifact was compiled for.
             timesteps: the sampler's, in place of the schedule's; see :class:`Runner`.
             cuda_graphs: record each step's kernels once and launch them all at once.
+            functions: of a runner of the same graphs, to use again.
 
         Raises:
             BackendError: unknown backend, or one whose work cannot be recorded.
@@ -154,11 +157,21 @@ class Artifact:
         chosen = get_backend(backend or self.backend)
         recorder = recorders(self.device, chosen.name) if cuda_graphs else None
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
-        functions = self.functions(backend)
+        functions = self.functions(backend) if functions is None else functions
         place = str(next(iter(self.saved), ""))
         return Runner(
             self.program, functions, self.weights, track, prologues, timesteps, recorder, place
         )
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Artifact:
+        """The same loop, whose graphs take other tensors from now on.
+
+        Args:
+            weights: of the same names, shapes and dtypes.
+        """
+        for module in (*self.graphs, *self.prologues.values()):
+            relink(module, weights)
+        return replace(self, weights=weights)
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.
