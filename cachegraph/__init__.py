@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .runtime.runner import Runner
     from .runtime.session import Session
     from .schedule.schedule import Schedule, load_schedule, presets
+    from .train.train import TrainedRouter, train_router
     from .zoo import load_model
 
 __version__ = version("cachegraph")
@@ -26,11 +27,13 @@ __all__ = [
     "Runner",
     "Schedule",
     "Session",
+    "TrainedRouter",
     "compile",
     "load",
     "load_model",
     "load_schedule",
     "presets",
+    "train_router",
 ]
 
 # Imported when asked for: torch takes over a second, and running an artifact needs no models.
@@ -41,11 +44,13 @@ _MODULES = {
     "Runner": "runtime.runner",
     "Schedule": "schedule.schedule",
     "Session": "runtime.session",
+    "TrainedRouter": "train.train",
     "compile": "compiler.compile",
     "load": "artifact.load",
     "load_model": "zoo",
     "load_schedule": "schedule.schedule",
     "presets": "schedule.schedule",
+    "train_router": "train.train",
 }
 
 

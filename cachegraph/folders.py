@@ -113,6 +113,22 @@ def written_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place when all went well.
+
+    It is on the disk then; a process that is killed leaves what was there, and a hidden file that
+    ends in ``.partial``.
+    """
+    partial = _beside(path, "partial")
+    try:
+        yield partial
+        _sync_path(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _problem(folder: Path) -> str:
     """Why a folder cannot be made or written to; empty where it seems that it can."""
     whole = folder.absolute()
