@@ -48,7 +48,10 @@ def sample(
     ] = None,
     seed: SeedOption = 0,
     num: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=_MANY, help="How many images.")
+        int | None,
+        typer.Option(
+            *("--num", "--num-fid-samples"), min=1, rich_help_panel=_MANY, help="How many images."
+        ),
     ] = None,
     sampler: Annotated[
         Literal["ddim", "ddpm"], typer.Option(rich_help_panel=_MANY, help="As in DiT's code.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,10 @@ def load_extractor(text: str) -> Extract:
         return _named(torch.export.load(path).module())
     if path.is_file():
         try:
-            return _named(torch.jit.load(str(path), map_location="cpu").eval())
+            with warnings.catch_warnings():
+                # it is deprecated, and the form in which Inception is passed on
+                warnings.simplefilter("ignore", DeprecationWarning)
+                model = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError as error:
             raise InputError(
                 "not an extractor",
@@ -63,6 +67,7 @@ def load_extractor(text: str) -> Extract:
                 expected="a TorchScript or torch.export (.pt2) file",
                 found=str(error).splitlines()[0],
             ) from error
+        return _named(model)
     takes = "a function of uint8 images (N, 3, H, W)"
     return _named(import_function(text, "feature extractor", takes))
 

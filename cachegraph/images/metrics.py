@@ -6,7 +6,9 @@ Score; Kynkäänniemi et al. (2019), precision and recall. All but the last are 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -31,20 +33,20 @@ class _Given(nn.Module):
         return features
 
 
-def _metric(name: str) -> Any:
+def _metric(module: str, name: str) -> Any:
+    """A class of torchmetrics; some are not where it says where torch-fidelity is missing."""
     try:
-        import torchmetrics.image
+        return getattr(import_module(f"torchmetrics.image.{module}"), name)
     except ImportError as error:
         remedy = "pip install 'cachegraph[eval]'"
         raise InputError("judging images needs torchmetrics", remedy=remedy) from error
-    return getattr(torchmetrics.image, name)
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
     """FID, or sFID, of features ``(N, D)`` float64; needs two images of each."""
     if min(len(one), len(other)) < 2:
         raise InputError("FID needs two images of each set", found=f"{len(one)}, {len(other)}")
-    metric = _metric("FrechetInceptionDistance")(feature=_Given(one.shape[1]))
+    metric = _metric("fid", "FrechetInceptionDistance")(feature=_Given(one.shape[1]))
     metric.set_dtype(torch.float64)
     metric.update(one, real=False)
     metric.update(other, real=True)
@@ -53,7 +55,7 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
 
 def frechet_distance_to(one: Tensor, mean: Tensor, covariance: Tensor) -> float:
     """FID of features to the mean ``(D,)`` and covariance ``(D, D)`` of a reference."""
-    metric = _metric("FrechetInceptionDistance")(feature=_Given(one.shape[1]))
+    metric = _metric("fid", "FrechetInceptionDistance")(feature=_Given(one.shape[1]))
     metric.set_dtype(torch.float64)
     metric.update(one, real=False)
     count = 2**20  # any: the metric wants sums, and gets back what these are of
@@ -66,10 +68,11 @@ def frechet_distance_to(one: Tensor, mean: Tensor, covariance: Tensor) -> float:
 
 def inception_score(logits: Tensor) -> float:
     """Inception Score of ``(N, classes)``, the mean of ten parts in a fixed random order."""
-    metric = _metric("InceptionScore")(
-        feature=_Given(logits.shape[1]), splits=min(_SPLITS, len(logits))
-    )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps what it is given
+        metric = _metric("inception", "InceptionScore")(
+            feature=_Given(logits.shape[1]), splits=min(_SPLITS, len(logits))
+        )
         torch.manual_seed(0)
         metric.update(logits)
         return float(metric.compute()[0])
@@ -102,7 +105,7 @@ def paired(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
 
     The PSNR of an image is bounded by an error of a ten thousandth of a grey level.
     """
-    ssim = _metric("StructuralSimilarityIndexMeasure")(data_range=255.0, reduction="sum")
+    ssim = _metric("ssim", "StructuralSimilarityIndexMeasure")(data_range=255.0, reduction="sum")
     total = 0.0
     for at in range(0, len(one), _ROWS):
         pair = [torch.from_numpy(part[at : at + _ROWS]).double() for part in (one, other)]
