@@ -17,62 +17,84 @@ if TYPE_CHECKING:
     from cachegraph.runtime.runner import Runner
 
 _MANY = "Many images"  # panel of the help page
-_File = Annotated[
-    Path | None, typer.Option(metavar="FILE", rich_help_panel=_MANY, show_default=False)
+_What = Annotated[
+    str,
+    argument(
+        "MODEL_OR_ARTIFACT",
+        "For a picture the shipped model digits, or an artifact made from it; with --num any "
+        "artifact, or a model as for compile.",
+    ),
+]
+_Out = Annotated[
+    Path,
+    typer.Option(
+        *("--out", "-o"), metavar="FILE", show_default=False, help="A PNG; .npz with --num."
+    ),
+]
+_Classes = Annotated[
+    str | None,
+    typer.Option(help="Classes to draw, such as 0-9 or 3,3,7; with --num in turn, else drawn."),
+]
+_Cfg = Annotated[
+    float | None,
+    typer.Option(help="Strength of guidance; 1 is none. By default 2 for digits, else 1.5."),
+]
+_Num = Annotated[
+    int | None,
+    typer.Option(
+        *("--num", "--num-fid-samples"), min=1, rich_help_panel=_MANY, help="How many images."
+    ),
+]
+_Sampler = Annotated[
+    Literal["ddim", "ddpm"], typer.Option(rich_help_panel=_MANY, help="As in DiT's code.")
+]
+_Batch = Annotated[
+    int, typer.Option(min=1, rich_help_panel=_MANY, help="Images between two savings.")
+]
+_PerCall = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        rich_help_panel=_MANY,
+        help="Images in a call of the model; another number may round otherwise.",
+    ),
+]
+_Vae = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", rich_help_panel=_MANY, help="Of a diffusers AutoencoderKL."),
+]
+_Prompts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.txt", rich_help_panel=_MANY, help="A prompt a line, in turn."),
+]
+_Embeddings = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.safetensors",
+        rich_help_panel=_MANY,
+        help="Of the prompts, by the model's input; of no prompt as null.NAME.",
+    ),
+]
+_NumClasses = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=_MANY, help="10 for digits, else 1000.")
 ]
 
 
 def sample(
-    what: Annotated[
-        str,
-        argument(
-            "MODEL_OR_ARTIFACT",
-            "For a picture the shipped model digits, or an artifact made from it; with --num any "
-            "artifact, or a model as for compile.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            *("--out", "-o"), metavar="FILE", show_default=False, help="A PNG; .npz with --num."
-        ),
-    ],
+    what: _What,
+    out: _Out,
     schedule: MaybeSchedule = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(help="Classes to draw, such as 0-9 or 3,3,7; with --num in turn, else drawn."),
-    ] = None,
-    cfg: Annotated[
-        float | None,
-        typer.Option(help="Strength of guidance; 1 is none. By default 2 for digits, else 1.5."),
-    ] = None,
+    classes: _Classes = None,
+    cfg: _Cfg = None,
     seed: SeedOption = 0,
-    num: Annotated[
-        int | None,
-        typer.Option(
-            *("--num", "--num-fid-samples"), min=1, rich_help_panel=_MANY, help="How many images."
-        ),
-    ] = None,
-    sampler: Annotated[
-        Literal["ddim", "ddpm"], typer.Option(rich_help_panel=_MANY, help="As in DiT's code.")
-    ] = "ddim",
-    batch_size: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_MANY, help="Images between two savings.")
-    ] = 64,
-    per_call: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            rich_help_panel=_MANY,
-            help="Images in a call of the model; another number may round otherwise.",
-        ),
-    ] = 8,
-    vae: _File = None,
-    prompts: _File = None,
-    embeddings: _File = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=_MANY, help="10 for digits, else 1000.")
-    ] = None,
+    num: _Num = None,
+    sampler: _Sampler = "ddim",
+    batch_size: _Batch = 64,
+    per_call: _PerCall = 8,
+    vae: _Vae = None,
+    prompts: _Prompts = None,
+    embeddings: _Embeddings = None,
+    num_classes: _NumClasses = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Draw images under a schedule: of digits as a picture, or with --num as many as you like.

@@ -34,50 +34,55 @@ _Data = Annotated[
     ),
 ]
 _Number = Annotated[float | None, typer.Option(show_default=False, help="By default as published.")]
+_Steps = Annotated[int, typer.Option(min=2, show_default=False, help="Calls of a trajectory.")]
+_Method = Annotated[Literal["harmonica", "l2c"], typer.Option(help="Whose.")]
+_Cfg = Annotated[float | None, typer.Option(help="Strength of guidance; 2 for digits, else 1.5.")]
+_LambdaC = Annotated[
+    int | None, typer.Option(min=1, help="Training steps between measurements of lambda; 500.")
+]
+_MaxSteps = Annotated[
+    int | None, typer.Option(min=1, help="Training steps; 20,000, of l2c 50,000.")
+]
+_Epochs = Annotated[int | None, typer.Option(min=1, help="Trajectories, or passes over the data.")]
+_Batch = Annotated[
+    int, typer.Option(min=1, help="Rows of a call over all processes, both halves counted.")
+]
+_Seed = Annotated[int, typer.Option(help="Of everything random.")]
+_Classes = Annotated[int | None, typer.Option(min=1, help="10 for digits, else 1000.")]
+_Every = Annotated[int, typer.Option(min=1, help="Training steps between two checkpoints.")]
+_Initial = Annotated[
+    Path | None,
+    typer.Option(metavar="ROUTER.pt", help="Begin with these scores and their optimiser."),
+]
+_Published = Annotated[
+    bool, typer.Option("--as-published", help="Repeat the published code's quirks.")
+]
+_Recompute = Annotated[
+    Literal["mlp", "all", "none"],
+    typer.Option(help="What is computed again for gradients, to save memory."),
+]
 
 
 def train_router(
     model: ModelArgument,
     out: _Out,
-    steps: Annotated[int, typer.Option(min=2, show_default=False, help="Calls of a trajectory.")],
-    method: Annotated[Literal["harmonica", "l2c"], typer.Option(help="Whose.")] = "harmonica",
+    steps: _Steps,
+    method: _Method = "harmonica",
     data: _Data = None,
     l1: _Number = None,
     lr: _Number = None,
     ste_threshold: _Number = None,
-    cfg_scale: Annotated[
-        float | None, typer.Option(help="Strength of guidance; 2 for digits, else 1.5.")
-    ] = None,
-    lambda_c: Annotated[
-        int | None, typer.Option(min=1, help="Training steps between measurements of lambda; 500.")
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps; 20,000, of l2c 50,000.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Trajectories, or passes over the data.")
-    ] = None,
-    global_batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows of a call over all processes, both halves counted.")
-    ] = 64,
-    global_seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, help="10 for digits, else 1000.")
-    ] = None,
-    ckpt_every: Annotated[
-        int, typer.Option(min=1, help="Training steps between two checkpoints.")
-    ] = 500,
-    initial: Annotated[
-        Path | None,
-        typer.Option(metavar="ROUTER.pt", help="Begin with these scores and their optimiser."),
-    ] = None,
-    as_published: Annotated[
-        bool, typer.Option("--as-published", help="Repeat the published code's quirks.")
-    ] = False,
-    recompute: Annotated[
-        Literal["mlp", "all", "none"],
-        typer.Option(help="What is computed again for gradients, to save memory."),
-    ] = "mlp",
+    cfg_scale: _Cfg = None,
+    lambda_c: _LambdaC = None,
+    max_steps: _MaxSteps = None,
+    epochs: _Epochs = None,
+    global_batch_size: _Batch = 64,
+    global_seed: _Seed = 0,
+    num_classes: _Classes = None,
+    ckpt_every: _Every = 500,
+    initial: _Initial = None,
+    as_published: _Published = False,
+    recompute: _Recompute = "mlp",
     device: DeviceOption = "cpu",
     arch: ArchOption = None,
     inputs: InputOption = None,
@@ -86,16 +91,9 @@ def train_router(
 
     Only scores are trained, one a site and step. Under torchrun several processes train as one.
     """
-    given = {
-        "l1": l1,
-        "lr": lr,
-        "ste_threshold": ste_threshold,
-        "cfg_scale": cfg_scale,
-        "lambda_c": lambda_c,
-        "max_steps": max_steps,
-        "epochs": epochs,
-        "num_classes": num_classes,
-    }
+    given = {"l1": l1, "lr": lr, "ste_threshold": ste_threshold, "cfg_scale": cfg_scale}
+    given |= {"lambda_c": lambda_c, "max_steps": max_steps, "epochs": epochs}
+    given |= {"num_classes": num_classes}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options |= {"global_batch_size": global_batch_size, "global_seed": global_seed}
     options |= {"method": method, "steps": steps, "initial": initial, "out": out}

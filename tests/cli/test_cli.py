@@ -315,8 +315,6 @@ WRONG = {
     "sample tiny-rows.cgraph -o d.png": f"tiny-rows.cgraph: not an artifact of digits; {ELSEWHERE}",
     "sample digits -s rows.yaml -o d.png --num 3": "d.png: many images are written as .npz; "
     "expected FILE.npz",
-    "sample tiny.safetensors -s rows.yaml -o d.npz --num 3": "4 channels are no pixels; expected "
-    "1 or 3; give the folder of the autoencoder: --vae FOLDER",
     "sample digits -s rows.yaml -o d.jpg": "d.jpg: images are written as PNG; expected a name in "
     ".png",
     "sample digits -s rows.yaml -o d.png --classes a": "--classes: cannot read 'a'; expected "
