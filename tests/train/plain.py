@@ -120,3 +120,39 @@ class PlainHarmonica:
             gradient = self.routers[i].grad
             assert gradient is not None
             yield loss.item(), gradient.clone()
+
+
+class PlainL2C:
+    """Learning-to-Cache as published, one process."""
+
+    def __init__(self, model: nn.Module, initial: Tensor, null: int, **options: Any) -> None:
+        self.model, self.options, self.null = PlainRouted(model), options, null
+        self.process = Process.of(len(initial))
+        self.routers = [nn.Parameter(row.clone()) for row in initial]
+        self.optimiser = torch.optim.AdamW(self.routers, lr=options["lr"], weight_decay=0)
+
+    def step(self, x0: Tensor, y: Tensor, n: int, drop: Tensor, noise: Tensor) -> Any:
+        y = torch.where(drop.bool(), self.null, y)
+        threshold = self.options["ste_threshold"]
+
+        def call(x: Tensor, i: int, **routed: Any) -> Any:
+            return self.model(x, torch.full((len(x),), self.process.timesteps[i]), y, **routed)
+
+        with torch.no_grad():
+            x = self.process.noised(x0, noise, n + 1)
+            out, cache = call(x, n + 1)
+            x = self.process.ddim(x, out, n + 1)
+        teacher, _ = call(x, n)
+        w = torch.sigmoid(self.routers[n])
+        used = w if threshold is None else (w > threshold).float() + (w - w.detach())
+        student, _ = call(x, n, w=used, cache=cache)
+        loss = (teacher - student).square().mean() + self.options["l1"] * w.sum()
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        with torch.no_grad():
+            for router in self.routers:
+                router.clamp_(-5, 5)
+        gradient = self.routers[n].grad
+        assert gradient is not None
+        return loss.item(), gradient.clone()

@@ -24,7 +24,7 @@ from cachegraph.train.settings import Settings
 from cachegraph.train.train import TrainedRouter, train_router
 from cachegraph.world import World
 
-from .plain import PlainHarmonica
+from .plain import PlainHarmonica, PlainL2C
 from .small import CLASSES, SHAPE, images, noise, small
 
 T, WIDTH = 4, 4
@@ -113,28 +113,19 @@ def test_l2c_is_its_formula(threshold: float | None) -> None:
     eps, drop, n = torch.randn(x0.shape), torch.tensor([True, False, False]), 2
     batch = {"x0": x0, "y": y, "n": n, "drop": drop, "noise": eps}
     found = train("l2c", batches=[batch], ste_threshold=threshold, l1=0.01)
-    process, scores = Process.of(T), nn.Parameter(initial()[n])
-    labels = torch.where(drop, CLASSES, y)
-
-    def call(x: Tensor, i: int, **routed: Any) -> Any:
-        return plain(x, torch.full((3,), process.timesteps[i]), labels, **routed)
-
-    plain = PlainHarmonica(copy.deepcopy(small()), initial(), **OPTIONS).model
-    with torch.no_grad():
-        x = process.noised(x0, eps, n + 1)
-        out, cache = call(x, n + 1)
-        x = process.ddim(x, out, n + 1)
-        teacher, _ = call(x, n)
-    w = torch.sigmoid(scores)
-    used = w if threshold is None else w + ((w > threshold).float() - w).detach()
-    student, _ = call(x, n, w=used, cache=cache)
-    loss = (teacher - student).square().mean() + 0.01 * w.sum()
-    loss.backward()
-    assert scores.grad is not None
+    plain = PlainL2C(
+        copy.deepcopy(small()),
+        initial(),
+        CLASSES,
+        **OPTIONS | {"l1": 0.01, "ste_threshold": threshold},
+    )
+    loss, gradient = plain.step(x0, y, n, drop, eps)
     [record] = found.log
     assert (record.index, record.lam) == (n, None)
-    assert record.loss == pytest.approx(loss.item(), rel=1e-5)
-    torch.testing.assert_close(record.grad, scores.grad, rtol=1e-4, atol=1e-7)
+    assert record.loss == pytest.approx(loss, rel=1e-5)
+    assert (record.grad - gradient).abs().max() <= 1e-4 * gradient.abs().max()
+    wanted = torch.stack([router.detach() for router in plain.routers])
+    torch.testing.assert_close(found.routers, wanted, rtol=0, atol=1e-5)
     changed = (found.routers != initial()).any(1).tolist()
     assert changed == [i == n for i in range(T)]
 
