@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .compiler.compile import compile
     from .errors import CachegraphError
     from .oracle.reference import ReferenceRunner
+    from .pipelines.accelerate import accelerate, accelerated, restore, summary
     from .runtime.runner import Runner
     from .runtime.session import Session
     from .schedule.schedule import Schedule, load_schedule, presets
@@ -28,11 +29,15 @@ __all__ = [
     "Schedule",
     "Session",
     "TrainedRouter",
+    "accelerate",
+    "accelerated",
     "compile",
     "load",
     "load_model",
     "load_schedule",
     "presets",
+    "restore",
+    "summary",
     "train_router",
 ]
 
@@ -45,11 +50,15 @@ _MODULES = {
     "Schedule": "schedule.schedule",
     "Session": "runtime.session",
     "TrainedRouter": "train.train",
+    "accelerate": "pipelines.accelerate",
+    "accelerated": "pipelines.accelerate",
     "compile": "compiler.compile",
     "load": "artifact.load",
     "load_model": "zoo",
     "load_schedule": "schedule.schedule",
     "presets": "schedule.schedule",
+    "restore": "pipelines.accelerate",
+    "summary": "pipelines.accelerate",
     "train_router": "train.train",
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
 _COLUMNS = 10
 _SHOWN = 64  # pixels that an image is enlarged to; those of digits are small on a screen
@@ -71,5 +72,6 @@ def write_grid(images: Tensor, path: Path) -> None:
     picture = Image.fromarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0))
     times = max(_SHOWN // height, 1)
     enlarged = (picture.width * times, picture.height * times)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize(enlarged, Image.Resampling.NEAREST).save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.resize(enlarged, Image.Resampling.NEAREST).save(path)
