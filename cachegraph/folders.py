@@ -149,6 +149,26 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place when all went well.
+
+    It is on the disk then; a process that is killed leaves what was there, and a hidden file that
+    ends in ``.partial``.
+
+    Raises:
+        InputError: see :func:`writing`.
+    """
+    partial = _beside(path, "partial")
+    try:
+        with writing(path):
+            yield partial
+            _sync_path(partial)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _problem(folder: Path) -> str:
     """Why a folder cannot be made or written to; empty where it seems that it can."""
     whole = folder.absolute()

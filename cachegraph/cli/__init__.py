@@ -20,11 +20,13 @@ from cachegraph.errors import CachegraphError, printable
 from .bench import bench
 from .calibrate import calibrate, import_router_file
 from .compile import compile_model, verify
+from .evaluate import evaluate
 from .export import export
 from .options import examples
 from .plan import inspect, show_plan
 from .report import report
 from .sample import sample
+from .train_router import train_router
 
 
 class _Commands(TyperGroup):
@@ -162,6 +164,14 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         sample,
         "cachegraph sample digits --schedule fora-n3 -o digits.png",
         "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
+        "torchrun --nproc-per-node 8 -m cachegraph sample xl.cgraph --num 50000 -o xl.npz "
+        "--vae sd-vae --device cuda",
+    ),
+    (
+        "evaluate",
+        evaluate,
+        "cachegraph evaluate fora.npz uncached.npz --extractor inception.pt -o fora.json",
+        "cachegraph evaluate digits-fora.npz digits-full.npz",
     ),
     (
         "bench",
@@ -175,6 +185,13 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
         "cachegraph calibrate digits --schedule fora-n3 --goc 0.5 -o corrected.yaml",
         "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
+    ),
+    (
+        "train-router",
+        train_router,
+        "cachegraph train-router DiT-XL-2-256x256.pt --steps 10 -o harmonica-10 --device cuda",
+        "torchrun --nproc-per-node 2 -m cachegraph train-router digits --steps 10 -o digits-10",
+        "cachegraph train-router model.pt --method l2c --steps 20 --data latents -o l2c-20",
     ),
     (
         "import-router",

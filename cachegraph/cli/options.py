@@ -111,6 +111,7 @@ HtmlOption = Annotated[
 SitesOption = Annotated[
     bool, typer.Option("--sites", help="List the sites; of a model, without a schedule too.")
 ]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; under torchrun each its own GPU.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
 
 
