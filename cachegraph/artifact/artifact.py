@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from cachegraph.backends import AheadOfTime, Progress, check_all, get_backend
 from cachegraph.backends.named import named_graphs
 from cachegraph.errors import ArtifactError
-from cachegraph.folders import refuse_foreign, written_whole
+from cachegraph.folders import refuse_foreign, writing, written_whole
 from cachegraph.graph.provenance import NOTHING, Provenance
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import (
@@ -33,7 +33,6 @@ from cachegraph.graph.weights import (
     relink,
     save_weights,
     stamp,
-    tensor_digests,
 )
 from cachegraph.runtime.cuda_graph import recorders
 from cachegraph.runtime.known import Prologues, StepFunction
@@ -228,7 +227,8 @@ class Artifact:
             return
         folder = Path(tempfile.mkdtemp(prefix="cachegraph-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._emit(chosen, folder, progress)
+        with writing(folder):
+            self._emit(chosen, folder, progress)
         self.compiled[chosen.name] = folder
 
     def _emit(self, backend: AheadOfTime, folder: Path, progress: Progress) -> None:
@@ -264,7 +264,7 @@ class Artifact:
         # First, for it needs the memory that weights take which are mapped and were not read yet.
         self._write_compiled(folder / COMPILED / self.backend, progress)
         stored, aliases = distinct(self.weights)
-        save_weights(stored, folder / WEIGHTS_FILE)
+        digests = save_weights(stored, folder / WEIGHTS_FILE)
         (folder / SCHEDULE).write_text(self.schedule_text)
         (folder / GRAPHS).mkdir()
         names = [layout.name for layout in self.program.variants]
@@ -280,7 +280,7 @@ class Artifact:
             torch=torch.__version__.split("+")[0],
             backend=self.backend,
             files={str(p.relative_to(folder)): record(p) for p in files},
-            weights=tensor_digests(folder / WEIGHTS_FILE),
+            weights=digests,
             aliases=aliases,
             program=self.program,
             made_from=origin.digest if origin is not None and origin.unchanged() else None,

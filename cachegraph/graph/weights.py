@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
-from cachegraph.errors import ArtifactError, SessionError
+from cachegraph.errors import ArtifactError, SessionError, out_of_memory
 
 # Bytes. Matrix products round differently on data that is not aligned as torch aligns its own, so
 # a loaded model would not compute bit for bit what the compiled one does.
@@ -141,7 +141,7 @@ def distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return stored, aliases
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> dict[str, str]:
     """Write a safetensors file whose tensors are aligned, so that they can be mapped into memory.
 
     safetensors' own writer aligns to 8 bytes. Tensors whose size is no multiple of the alignment
@@ -151,15 +151,28 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         weights: without aliases; views into the storage of another tensor are fine.
         path: the file to write.
 
+    Returns:
+        Name -> SHA-256 of the tensor's bytes: of what was to be written, so that a disk which did
+        not take it cannot have it signed.
+
     Raises:
         ArtifactError: a weight on the meta device, or of a dtype that the format does not have.
+        OSError: it cannot be written.
     """
     head, starts = _header(weights)
-    with path.open("wb") as file:
+
+    def digest(content: memoryview) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    digests = {}
+    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         file.write(head)
         for name in starts:
             plain = weights[name].detach().cpu().contiguous().reshape(-1)
-            plain.view(torch.uint8).numpy().tofile(file)
+            content = plain.view(torch.uint8).numpy().data
+            digests[name] = pool.submit(digest, content)
+            file.write(content)  # numpy's tofile does not tell that a disk is full
+    return {name: digests[name].result() for name in sorted(digests)}
 
 
 def weight_offsets(weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -222,6 +235,16 @@ def load_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
             return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ArtifactError(
+            "not enough memory for the weights",
+            place=str(path),
+            expected=f"{path.stat().st_size} bytes on {device}",
+            found=str(error).partition("\n")[0],
+            remedy="free some memory, or load them on another device",
+        ) from error
 
 
 def tensor_digests(path: Path) -> dict[str, str]:

@@ -13,7 +13,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from cachegraph.errors import SessionError, TooManyCallsError, UnfinishedWarning
+from cachegraph.errors import (
+    SessionError,
+    TooManyCallsError,
+    UnfinishedWarning,
+    out_of_memory,
+)
 
 from .continuity import Link, Trail
 from .cuda_graph import Replays
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 _Shapes = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+
+
+_LESS = "sample fewer images at a time, or free some memory"
 
 
 @dataclass
@@ -95,14 +103,22 @@ class Session:
             self._refuse_change(branch, shapes, position.step)
         try:
             outputs = self._outputs(branch, position.step, inputs)
-        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            if not runner.place or isinstance(error, torch.OutOfMemoryError):
+        except (
+            *(RuntimeError, TypeError, ValueError),
+            *(LookupError, ArithmeticError, MemoryError),
+        ) as error:
+            place = f"{runner.place}, step {position.step}".removeprefix(", ")
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(f"{place}: {_LESS}")  # whoever knows torch tries a smaller batch
                 raise
+            if not runner.place and not out_of_memory(error):
+                raise
+            name = runner.program.layout(position.step).name
             raise SessionError(
-                f"the graph of {runner.program.layout(position.step).name} fails",
-                place=f"{runner.place}, step {position.step}",
+                "not enough memory" if out_of_memory(error) else f"the graph of {name} fails",
+                place=place,
                 found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-                remedy="compile the artifact again",
+                remedy=_LESS if out_of_memory(error) else "compile the artifact again",
             ) from error
         branch.position = position
         # Where the step is said, nothing is to be told by the latent.
