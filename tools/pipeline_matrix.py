@@ -183,7 +183,7 @@ class Trial:
             if relative_error(found, plain) < CLOSE:
                 return "fails: nothing was reused"
             worst = max(worst, relative_error(found, wanted))
-        return f"{worst:.0e}" if worst <= CLOSE else f"fails: {worst:.0e}"
+        return f"{worst:.1g}" if worst <= CLOSE else f"fails: {worst:.1g}"
 
 
 class AbortedError(Exception):
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="of pipelines; all where left out")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--out", type=Path, help="the page to write the table to")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     specs = load_specs(options.specs)
     rows = {}
@@ -289,7 +289,7 @@ def main() -> None:
 def rows_of(path: Path) -> dict[str, dict[str, str]]:
     """What a page's table says already, of pipelines that are not tried now."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[5:]]
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[6:]]
     return {name: dict(zip(COLUMNS, row, strict=False)) for name, *row in filter(None, cells)}
 
 
