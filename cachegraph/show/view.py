@@ -22,7 +22,7 @@ from cachegraph.model.site import Site
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.slot import Slot
 
-from .picture import letter, plain_table
+from .picture import letters, plain_table
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
             }
             for site in plan.sites
         ],
-        "rows": ["".join(map(letter, row)) for row in plan.rows],
+        "rows": [letters(plan, row) for row in plan.rows],
         "variants": [
             {
                 "name": variant.name,
                 "steps": list(variant.steps),
-                "row": "".join(map(letter, variant.row)),
+                "row": letters(plan, variant.row),
                 "flops": round(cost.mean_flops(variant.steps)),
             }
             for variant in plan.variants
