@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from cachegraph.backends import AheadOfTime, Progress, check_all, get_backend
 from cachegraph.backends.named import named_graphs
-from cachegraph.errors import ArtifactError
+from cachegraph.errors import ArtifactError, nearest
 from cachegraph.folders import refuse_foreign, written_whole
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import (
@@ -34,12 +34,12 @@ from cachegraph.graph.weights import (
     tensor_digests,
 )
 from cachegraph.runtime.cuda_graph import recorders
-from cachegraph.runtime.known import Prologues, StepFunction
-from cachegraph.runtime.program import Program
+from cachegraph.runtime.known import REQUEST, Prologues, StepFunction, prologue_name
+from cachegraph.runtime.program import OtherPlan, Program
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import Track
 
-from .manifest import COMPILED, GRAPHS, MANIFEST, SCHEDULE, Manifest, digest_in, record
+from .manifest import COMPILED, GRAPHS, MANIFEST, SCHEDULE, Manifest, digest_in, plan_file, record
 from .origin import Origin
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Artifact:
         device: that the weights are on.
         compiled: backend -> folder with what it compiled ahead of time.
         saved: folder of an artifact that holds some of these -> digest of its manifest.
+        plans: name -> schedule, as YAML, and plan, where there are several; the program's is the
+            first of them.
     """
 
     program: Program
@@ -78,6 +80,7 @@ class Artifact:
     device: torch.device
     compiled: dict[str, Path] = field(default_factory=dict)
     saved: dict[Path, str] = field(default_factory=dict)
+    plans: Mapping[str, tuple[str, OtherPlan]] = field(default_factory=dict)
     stamp: Stamp = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +101,33 @@ class Artifact:
         method, steps = self.schedule.policy.method, len(self.program.steps)
         variants = f"{len(self.graphs)} variant{'s' if len(self.graphs) > 1 else ''}"
         return f"Artifact({method}, {steps} steps, {variants}, {self.backend}, {self.device})"
+
+    def plan(self, name: str) -> Artifact:
+        """The artifact of one of its plans, with the graphs that this runs.
+
+        Raises:
+            ArtifactError: it has no such plan.
+        """
+        if name not in self.plans:
+            raise ArtifactError(
+                f"the artifact has no plan {name!r}",
+                expected=", ".join(self.plans) or "one of several plans; it has but one",
+                remedy=nearest(name, self.plans),
+            )
+        text, other = self.plans[name]
+        whole = self.program.with_plan(other)
+        program = whole.without_others()
+        used = [self.program.variants.index(layout) for layout in program.variants]
+        names = {prologue_name(layout.name) for layout in program.variants} | {REQUEST}
+        return replace(
+            self,
+            program=program,
+            schedule_text=text,
+            graphs=[self.graphs[index] for index in used],
+            prologues={n: self.prologues[n] for n in self.prologues if n in names},
+            texts=tuple(self.texts[index] for index in used),
+            plans={},
+        )
 
     def runner(
         self,
@@ -126,9 +156,19 @@ class Artifact:
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
         functions = self.functions(backend)
         place = str(next(iter(self.saved), ""))
-        return Runner(
-            self.program, functions, self.weights, track, prologues, timesteps, recorder, place
-        )
+
+        def make(program: Program, times: Sequence[float] | None) -> Runner:
+            return Runner(
+                program, functions, self.weights, track, prologues, times, recorder, place
+            )
+
+        runner = make(self.program, timesteps)
+        for number, (name, (_, other)) in enumerate(self.plans.items()):
+            program = self.program.with_plan(other)
+            fits = timesteps is not None and len(timesteps) == len(program.steps)
+            alone = runner if number == 0 else make(program, timesteps if fits else None)
+            runner.plans[name] = alone
+        return runner
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.
@@ -222,6 +262,8 @@ class Artifact:
         stored, aliases = distinct(self.weights)
         save_weights(stored, folder / WEIGHTS_FILE)
         (folder / SCHEDULE).write_text(self.schedule_text)
+        for name, (text, _) in self.plans.items():
+            (folder / plan_file(name)).write_text(text)
         (folder / GRAPHS).mkdir()
         names = [layout.name for layout in self.program.variants]
         for name, text in zip(names, self.texts, strict=True):
@@ -238,6 +280,7 @@ class Artifact:
             weights=tensor_digests(folder / WEIGHTS_FILE),
             aliases=aliases,
             program=self.program,
+            plans={name: other for name, (_, other) in self.plans.items()},
             made_from=origin.digest if origin is not None and origin.unchanged() else None,
         ).write(folder)
 

@@ -25,6 +25,7 @@ from .manifest import (
     SCHEDULE,
     Manifest,
     digest_in,
+    plan_file,
     read_file,
     read_manifest,
 )
@@ -114,6 +115,8 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
     program = manifest.program
     graphs = {name: _content(contents, f"{GRAPHS}/{name}.json") for name in graph_names(program)}
     check_program(program, graphs, weights, str(folder))
+    for other in manifest.plans.values():
+        check_program(program.with_plan(other), {}, weights, str(folder))
 
     def read(name: str) -> fx.GraphModule:
         # What is compiled ahead of time runs without its graph, and making one takes a moment.
@@ -135,6 +138,10 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
         device=device,
         compiled={name: folder / COMPILED / name for name in sorted(backends)},
         saved={folder: manifest.digest},
+        plans={
+            name: (_content(contents, plan_file(name)), other)
+            for name, other in manifest.plans.items()
+        },
     )
 
 

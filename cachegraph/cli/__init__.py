@@ -24,6 +24,7 @@ from .export import export
 from .options import examples
 from .plan import inspect, show_plan
 from .sample import sample
+from .search import search
 
 
 class _Commands(TyperGroup):
@@ -160,6 +161,13 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
         "cachegraph calibrate digits --schedule fora-n3 --goc 0.5 -o corrected.yaml",
         "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
+    ),
+    (
+        "search",
+        search,
+        "cachegraph search digits --budget 10 -o fast.yaml",
+        "cachegraph search digits --seconds 1.2 --backend inductor -o fast.yaml",
+        "cachegraph search model.pt --speedup 2.5 --sampler my_sampler:run -o fast.yaml",
     ),
     (
         "import-router",

@@ -1,0 +1,87 @@
+"""The command that finds a schedule for a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import ArchOption, ModelArgument, SeedOption
+from .output import progress, show
+
+_Out = Annotated[
+    Path,
+    typer.Option(
+        *("--out", "-o"),
+        metavar="FILE.yaml",
+        show_default=False,
+        help="The schedule; figures, log and picture go beside it.",
+    ),
+]
+_Budget = Annotated[int | None, typer.Option(metavar="N", help="So many full steps.")]
+_Seconds = Annotated[
+    float | None, typer.Option(metavar="S", help="A run of the sampler takes no longer.")
+]
+_Speedup = Annotated[
+    float | None, typer.Option(metavar="F", help="So many times as fast as uncached.")
+]
+_Sampler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="sampler(model, seed) that returns images; digits has its own.",
+    ),
+]
+_Prompts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.txt", help="One a line; MODEL is a diffusers pipeline's folder."),
+]
+
+
+def search(
+    model: ModelArgument,
+    out: _Out,
+    budget: _Budget = None,
+    seconds: _Seconds = None,
+    speedup: _Speedup = None,
+    sampler: _Sampler = None,
+    prompts: _Prompts = None,
+    steps: Annotated[int, typer.Option(min=2, help="Model calls per trajectory.")] = 50,
+    trials: Annotated[int, typer.Option(min=1, help="The most trajectories to sample.")] = 400,
+    noises: Annotated[int, typer.Option(min=1, help="Seeds to choose by.")] = 4,
+    check: Annotated[int, typer.Option(min=1, help="Other seeds, for the figures.")] = 4,
+    seed: SeedOption = 0,
+    backend: Annotated[str, typer.Option(help="That runs the schedule, where time counts.")] = (
+        "eager"
+    ),
+    arch: ArchOption = None,
+) -> None:
+    """Find the schedule with images closest to uncached ones at a cost; resumes if interrupted."""
+    from cachegraph.search.run import Budget, run_search
+    from cachegraph.show.picture import plain_table
+
+    with progress() as say:
+        found = run_search(
+            model,
+            out,
+            Budget(budget, seconds, speedup),
+            sampler=sampler,
+            prompts=prompts,
+            steps=steps,
+            trials=trials,
+            noises=noises,
+            check=check,
+            seed=seed,
+            backend=backend,
+            arch=arch,
+            progress=say,
+        )
+    table = plain_table("schedule", "full steps", "PSNR", "spread", right=("full steps", "PSNR"))
+    for one in found.judged:
+        psnr = f"{one.psnr:.2f} dB"
+        table.add_row(one.name, str(one.full_steps), psnr, f"{one.spread:.2f} dB")
+    show(f"{out}: {found.family}, {found.trials} trials", "", table)
+    if found.predicted is not None:
+        measured = found.judged[0].seconds
+        show(f"a run takes {measured:.3g} s, predicted {found.predicted:.3g} s")
