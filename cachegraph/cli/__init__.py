@@ -24,7 +24,7 @@ from .export import export
 from .options import examples
 from .plan import inspect, show_plan
 from .sample import sample
-from .search import search
+from .search import import_steps, search
 
 
 class _Commands(TyperGroup):
@@ -173,6 +173,13 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "import-router",
         import_router_file,
         "cachegraph import-router DDIM20_router.pt -o mask.yaml --threshold 0.1",
+    ),
+    (
+        "import-schedule",
+        import_steps,
+        "cachegraph import-schedule scm:medium -o medium.yaml",
+        "cachegraph import-schedule cem-priors-dit.pt --full 14 -o cem.yaml",
+        "cachegraph import-schedule lemica.txt --steps 50 --order 1 -o lemica.yaml",
     ),
 )
 for _name, _command, *_lines in _COMMANDS:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from .options import ArchOption, ModelArgument, SeedOption
+from .options import ArchOption, ModelArgument, SeedOption, argument
 from .output import progress, show
 
 _Out = Annotated[
@@ -85,3 +85,34 @@ def search(
     if found.predicted is not None:
         measured = found.judged[0].seconds
         show(f"a run takes {measured:.3g} s, predicted {found.predicted:.3g} s")
+
+
+def import_steps(
+    source: Annotated[str, argument("SOURCE", "scm:slow, medium, fast or ultra; or a file.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FILE.yaml", show_default=False, help="A schedule."),
+    ],
+    steps: Annotated[int | None, typer.Option(min=2, help="Model calls per trajectory.")] = None,
+    full: Annotated[int | None, typer.Option(min=2, help="Full steps, of CEM's table.")] = None,
+    spread: Annotated[int, typer.Option(min=0, help="Gaps may be so far off the mean one.")] = 1,
+    weight: Annotated[
+        Literal["none", "linear", "quadratic"], typer.Option(help="Of a gap's length in CEM.")
+    ] = "quadratic",
+    order: Annotated[int, typer.Option(min=0, help="Of the forecast; 0 reuses.")] = 0,
+    kinds: Annotated[str, typer.Option(help="Of the sites, such as attn,mlp.")] = "stack",
+) -> None:
+    """Write published step lists, step masks or tables as a schedule that can be reviewed."""
+    from cachegraph.search.importers import import_schedule
+
+    schedule, comment = import_schedule(
+        source,
+        steps=steps,
+        full=full,
+        spread=spread,
+        weight=weight,
+        order=order,
+        kinds=kinds.split(","),
+    )
+    out.write_text(f"# {comment}\n{schedule.to_yaml()}", encoding="utf-8")
+    show(f"{out}: {comment}")

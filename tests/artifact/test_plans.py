@@ -33,7 +33,7 @@ def asked(full: list[int], **sites: Any) -> dict[str, Any]:
 
 
 FAST, GOOD = asked([0, 1, 4]), asked([0, 1, 3, 5])
-OTHER = asked([0, 2], "attn")
+OTHER = asked([0, 2], kinds=["attn"])
 
 
 @pytest.fixture(scope="module")
