@@ -23,8 +23,9 @@ from .compile import compile_model, verify
 from .export import export
 from .options import examples
 from .plan import inspect, show_plan
+from .report import report
 from .sample import sample
-from .search import import_steps, search
+from .search import compare, import_steps, search
 
 
 class _Commands(TyperGroup):
@@ -41,6 +42,7 @@ class _Commands(TyperGroup):
             with warnings.catch_warnings():
                 for category in (DeprecationWarning, FutureWarning):  # torch's, about itself
                     warnings.simplefilter("ignore", category)
+                warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
             raise  # typer reports it
@@ -52,6 +54,10 @@ class _Commands(TyperGroup):
                 traceback.print_exc()
             typer.echo(_message(error), err=True)
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _message(error: Exception) -> str:
@@ -131,6 +137,13 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph inspect DiT-S/2 -s fora-n3 --variant variant1 --dot graph.dot",
     ),
     (
+        "report",
+        report,
+        "cachegraph report digits --schedule toca-n3 -o report.html",
+        "cachegraph report digits-fora-n3.cgraph --bench bench.json",
+        "cachegraph report DiT-XL/2 -s toca-n3 --json | jq .cost.total_flops",
+    ),
+    (
         "verify",
         verify,
         "cachegraph verify DiT-XL-2-256x256-fora-n3.cgraph --model DiT-XL-2-256x256.pt",
@@ -168,6 +181,12 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph search digits --budget 10 -o fast.yaml",
         "cachegraph search digits --seconds 1.2 --backend inductor -o fast.yaml",
         "cachegraph search model.pt --speedup 2.5 --sampler my_sampler:run -o fast.yaml",
+    ),
+    (
+        "compare",
+        compare,
+        "cachegraph compare digits -s fora-n5 -s taylorseer-n5 -s fast.yaml --plot front.png",
+        "cachegraph compare model.pt --sampler my_sampler:run -s a.yaml -s b.yaml -o numbers.json",
     ),
     (
         "import-router",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import ArchOption, ModelArgument, SeedOption, argument
+from .options import ArchOption, ModelArgument, SeedOption, argument, schedule_option
 from .output import progress, show
 
 _Out = Annotated[
@@ -116,3 +116,52 @@ def import_steps(
     )
     out.write_text(f"# {comment}\n{schedule.to_yaml()}", encoding="utf-8")
     show(f"{out}: {comment}")
+
+
+def compare(
+    model: ModelArgument,
+    schedules: Annotated[
+        list[str], schedule_option("A YAML file or preset; once for each, of as many steps.")
+    ],
+    sampler: _Sampler = None,
+    prompts: _Prompts = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Noises to sample.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 3,
+    backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "inductor",
+    arch: ArchOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all numbers.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw quality against time.")
+    ] = None,
+) -> None:
+    """Compare schedules: quality of final images against measured time, and which are the best."""
+    from cachegraph.search.compare import compare as run
+    from cachegraph.show.picture import plain_table
+
+    with progress() as say:
+        found = run(
+            model,
+            schedules,
+            sampler=sampler,
+            prompts=prompts,
+            seeds=seeds,
+            rounds=rounds,
+            backend=backend,
+            arch=arch,
+            out=out,
+            plot=plot,
+            progress=say,
+        )
+    numbers = ("full steps", "seconds", "speed-up", "PSNR", "SSIM")
+    table = plain_table("schedule", *numbers, "front", right=numbers)
+    for one in found:
+        psnr = "" if one.psnr is None else f"{one.psnr:.2f} dB"
+        ssim = "" if one.ssim is None else f"{one.ssim:.4f}"
+        cells = str(one.full_steps), f"{one.seconds:.3g}", f"{one.speedup:.2f}x", psnr, ssim
+        table.add_row(one.name, *cells, "*" if one.front else "")
+    show(table, "", "front: no other is as good in less time, or better in as much")
+    for path in (out, plot):
+        if path is not None:
+            show(f"{path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -9,8 +10,10 @@ from dataclasses import fields, replace
 from torch import fx
 
 from cachegraph.artifact.artifact import Artifact
+from cachegraph.artifact.data import to_data
 from cachegraph.errors import ScheduleError
 from cachegraph.graph.interface import Role
+from cachegraph.graph.provenance import NodeFlops, PassRecord, Provenance
 from cachegraph.graph.step_graph import merge_prologues
 from cachegraph.runtime.known import REQUEST, prologue_name
 from cachegraph.runtime.program import OtherPlan, Program, VariantLayout
@@ -57,6 +60,7 @@ def join(artifacts: Mapping[str, Artifact]) -> Artifact:
         compiled={},
         saved={},
         plans=plans,
+        provenance_text=json.dumps(to_data(union.provenance(artifacts), Provenance)),
     )
 
 
@@ -69,6 +73,7 @@ class _Union:
         self.texts: list[str] = []
         self.prologues: dict[str, fx.GraphModule] = {}
         self._known: dict[tuple[str, object], int] = {}
+        self._names: list[tuple[Provenance, str, str]] = []  # a graph's old name and its new one
 
     def add(self, artifact: Artifact, index: int) -> int:
         """The place of a variant's graph; an equal one's where there is one."""
@@ -79,12 +84,31 @@ class _Union:
             return self._known[key]
         place = self._known[key] = len(self.graphs)
         name = f"variant{place}"
+        self._names.append((artifact.provenance, layout.name, name))
         self.graphs.append(artifact.graphs[index])
         self.layouts.append(replace(layout, name=name))
         self.texts.append(f"{name}{head.removeprefix(layout.name)}\n{body}")
         if (before := artifact.prologues.get(prologue_name(layout.name))) is not None:
             self.prologues[prologue_name(name)] = before
         return place
+
+    def provenance(self, artifacts: Mapping[str, Artifact]) -> Provenance:
+        """Where the nodes of all graphs come from."""
+        modules, sites = dict[str, str](), dict[str, str]()
+        made_by, flops = dict[str, dict[str, str]](), dict[str, dict[str, NodeFlops]]()
+        for artifact in artifacts.values():
+            known = artifact.provenance
+            modules.update(known.modules)
+            sites.update(known.sites)
+            made_by.setdefault(REQUEST, {}).update(known.made_by.get(REQUEST, {}))
+            flops.setdefault(REQUEST, {}).update(known.flops.get(REQUEST, {}))
+        passes = list[PassRecord]()
+        for known, old, new in self._names:
+            for before, after in ((old, new), (prologue_name(old), prologue_name(new))):
+                made_by[after] = dict(known.made_by.get(before, {}))
+                flops[after] = dict(known.flops.get(before, {}))
+            passes += [replace(one, variant=new) for one in known.passes if one.variant == old]
+        return Provenance(modules, sites, made_by, flops, tuple(passes))
 
 
 def _other(program: Program, places: Sequence[int]) -> OtherPlan:

@@ -22,6 +22,7 @@ from cachegraph.spec import TensorSpec
 from .conditions import failed
 from .functional import functional
 from .guards import branches, conditions_of, line_that_fixes
+from .lines import line_of_node, quiet, untraceable
 from .signature import CallSignature, call_arguments, make_signature
 from .site import Site
 from .sites import find_sites
@@ -92,13 +93,13 @@ def trace(
         TraceError: torch.export cannot follow the model, or it changes a buffer.
         SiteError: no site was found.
     """
+    refuse_wrapped(model)
     if model.training:
         raise ModelError(
             f"{type(model).__name__} is in training mode",
             expected="a model for inference",
             remedy="call model.eval() first",
         )
-    refuse_wrapped(model)
     arguments = call_arguments(model, args, kwargs or {})
     with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
@@ -179,11 +180,7 @@ def _export(
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(
-            f"torch.export cannot follow {type(model).__name__}",
-            found=_first_line(error),
-            remedy="see the chained error for the line of the model",
-        ) from error
+        raise untraceable(model, leaves, error) from error
 
 
 def _conditions(
@@ -226,7 +223,8 @@ def _export_once(
     shapes = _pytree.tree_map(dims, arguments) if batch else None
     # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
     given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, arguments)
-    program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
+    with quiet():
+        program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
     return functional(program)
 
 
@@ -325,6 +323,7 @@ def _refuse_unknown_shape(node: fx.Node) -> None:
         return
     raise TraceError(
         "the model is no graph of tensors whose shapes are known beforehand",
+        place=line_of_node(node),
         found=found,
         remedy="do without .item(), boolean masks and operators that take a function",
     )

@@ -18,7 +18,7 @@ from cachegraph.model.trace import TracedModel
 from cachegraph.schedule.schedule import Schedule
 
 from .images import Sampler
-from .space import Family, starts
+from .space import Family
 
 Progress = Callable[[str, int, int], object]
 _ROUNDS = 5
@@ -123,8 +123,8 @@ def measure_costs(
         progress: is told what is being done.
     """
     places = list(dict.fromkeys(family.sites for family in families))
-    even = starts(steps, max(steps // 5, 5))[0]
-    few, many = 1, 3  # orders: 2 and 4 values
+    few, many = 1, 3  # orders: 2 and 4 values, which as many full steps make beforehand
+    even = range(min(many + 1, steps - 1))
     entries = [
         Entry(f"{number} {order}", Family(sites, "lagrange", order).schedule(steps, even), backend)
         for number, sites in enumerate(places)

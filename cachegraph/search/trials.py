@@ -67,6 +67,6 @@ class Trials:
         """Remember a measurement and write it down."""
         self.scores.setdefault(candidate, {})[seed] = psnr
         if self.path is not None:
-            entry = {"candidate": candidate, "seed": seed, "psnr": round(psnr, 4)}
+            entry = {"candidate": candidate, "seed": seed, "psnr": psnr}
             with self.path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -191,5 +192,7 @@ def by_function(m: Odd, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
 def test_what_is_no_plain_graph_is_refused(forward: Forward, found: str) -> None:
     with pytest.raises(TraceError) as caught:
         trace(Odd(forward).eval(), calls(1)[0])
+    line = "return self.inner(self, x, t, text)"  # torch keeps those of forward alone
+    assert re.match(rf"{re.escape(__file__)}:\d+: {re.escape(line)}", caught.value.place)
     assert caught.value.found == found
     assert ".item()" in caught.value.remedy
