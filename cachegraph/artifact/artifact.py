@@ -37,6 +37,7 @@ from cachegraph.graph.weights import (
 from cachegraph.runtime.cuda_graph import recorders
 from cachegraph.runtime.known import REQUEST, Prologues, StepFunction, prologue_name
 from cachegraph.runtime.program import OtherPlan, Program
+from cachegraph.runtime.release import Released, only_before, refuse_release
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import Track
 
@@ -168,6 +169,7 @@ class Artifact:
         backend: str | None = None,
         timesteps: Sequence[float] | None = None,
         cuda_graphs: bool = False,
+        release: bool = False,
     ) -> Runner:
         """A callable with the traced model's signature.
 
@@ -176,16 +178,20 @@ class Artifact:
             backend: another backend than the artifact was compiled for.
             timesteps: the sampler's, in place of the schedule's; see :class:`Runner`.
             cuda_graphs: record each step's kernels once and launch them all at once.
+            release: leave weights that only prologues use out of memory while steps run.
 
         Raises:
             BackendError: unknown backend, or one whose work cannot be recorded.
-            InputError: ``cuda_graphs`` on a device without them.
+            InputError: ``cuda_graphs`` on a device without them, or ``release`` where weights are
+                not mapped from a folder or are needed at every step.
             SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         """
         refuse_changed(self.weights, self.stamp)
         chosen = get_backend(backend or self.backend)
         recorder = recorders(self.device, chosen.name) if cuda_graphs else None
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
+        if release:
+            prologues = replace(prologues, released=self._released(chosen.name, chosen.exact))
         functions = self.functions(backend)
         place = str(next(iter(self.saved), ""))
 
@@ -201,6 +207,12 @@ class Artifact:
             alone = runner if number == 0 else make(program, timesteps if fits else None)
             runner.plans[name] = alone
         return runner
+
+    def _released(self, backend: str, exact: bool) -> Released:
+        refuse_release(self.device, mapped=bool(self.saved), exact=exact, backend=backend)
+        steps = [module.graph for module in self.graphs]
+        names = only_before(steps, [module.graph for module in self.prologues.values()])
+        return Released([self.weights[name] for name in sorted(names)])
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.

@@ -43,6 +43,7 @@ def load(
     backend: str | None = None,
     timesteps: Sequence[float] | None = None,
     cuda_graphs: bool = False,
+    release: bool = False,
     verify: bool = True,
 ) -> Runner:
     """A compiled model, callable as the traced one was; needs no model code.
@@ -61,11 +62,16 @@ def load(
         cuda_graphs: record the kernels of each kind of step once and launch them all at once. Each
             branch of a session records graphs of its own, anew for another batch: about one a
             variant and set of token counts, see ``runtime.cuda_graph.plan_launches``.
+        release: leave weights that only prologues use, such as those of modulation, out of memory
+            while steps run: they are read from the folder again when a prologue runs. It takes
+            timesteps that are known: said here or in the schedule, else from the second trajectory
+            on.
         verify: compare the weights of a folder with their digests: about 0.8 seconds for the 2.7 GB
             of DiT-XL/2 on two cores.
 
     Raises:
-        InputError: ``cuda_graphs`` on a device without them.
+        InputError: ``cuda_graphs`` on a device without them, or ``release`` of weights that are not
+            mapped from a folder or that every step needs.
         BackendError: ``cuda_graphs`` with a backend whose work cannot be recorded.
         SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         ArtifactError: the folder is missing, half-written, damaged, edited or newer.
@@ -73,7 +79,11 @@ def load(
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact, device, verify=verify)
     return artifact.runner(
-        track=track, backend=backend, timesteps=timesteps, cuda_graphs=cuda_graphs
+        track=track,
+        backend=backend,
+        timesteps=timesteps,
+        cuda_graphs=cuda_graphs,
+        release=release,
     )
 
 

@@ -162,6 +162,9 @@ def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableT
     if any(cost.known_bytes):
         table.add_row("prologue", f"at most {size(max(cost.known_bytes))} known before a step runs")
     table.add_row("weights", f"{size(cost.weight_bytes)}{shared}")
+    if cost.prologue_bytes:
+        during = size(cost.weight_bytes - cost.prologue_bytes)
+        table.add_row("", f"{during} of them while steps run, with release=True")
     if cost.peak_bytes:
         table.add_row("peak", f"about {size(max(cost.peak_bytes))}, weights included, compiled")
     return Group(Text(heading, "bold"), "", table)

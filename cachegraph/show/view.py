@@ -226,6 +226,7 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
         "peak_cache_bytes": max(cost.cache_bytes),
         "known_bytes": list(cost.known_bytes),
         "weight_bytes": cost.weight_bytes,
+        "prologue_weight_bytes": cost.prologue_bytes,
         "peak_bytes": max(cost.peak_bytes, default=None),
     }
 
