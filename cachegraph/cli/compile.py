@@ -64,18 +64,11 @@ def compile_model(
     """Compile a model's denoising loop under a schedule and write it as an artifact."""
     from cachegraph.artifact.load import is_made_from, load_artifact
     from cachegraph.artifact.origin import find_origin
-    from cachegraph.backends import get_backend
     from cachegraph.compiler.sources import model_files, open_model
     from cachegraph.oracle.trial import warm_up
-    from cachegraph.passes import passes_without
-    from cachegraph.schedule.schedule import load_schedule
 
-    asked = {Path(text).stem: load_schedule(text) for text in schedules}
-    if len(asked) != len(schedules):
-        raise InputError("two schedules have one name", found=", ".join(schedules))
-    get_backend(backend)  # a wrong name is told before any work
-    passes_without(disable or ())
-    _refuse_overwrite(out)
+    asked = _asked(schedules)
+    _check(backend, disable or [], out)
     name, (first, *_) = "-".join(asked), asked.values()
     how = _Options(backend, arch, inputs or [], static_batch, varying or [], disable or [])
     with progress() as say:
@@ -99,6 +92,26 @@ def compile_model(
     if kept:
         show("up to date: made before from the same model, schedule and options")
     _show_artifact(f"{title}, {name}", artifact, target)
+
+
+def _check(backend: str, disable: list[str], out: Path | None) -> None:
+    """Wrong names are told before any work."""
+    from cachegraph.backends import get_backend
+    from cachegraph.passes import passes_without
+
+    get_backend(backend)
+    passes_without(disable)
+    _refuse_overwrite(out)
+
+
+def _asked(schedules: list[str]) -> dict[str, Schedule]:
+    """The schedules by name, each of which is a plan where there are several."""
+    from cachegraph.schedule.schedule import load_schedule
+
+    asked = {Path(text).stem: load_schedule(text) for text in schedules}
+    if len(asked) != len(schedules):
+        raise InputError("two schedules have one name", found=", ".join(schedules))
+    return asked
 
 
 def _make(source: Source, asked: dict[str, Schedule], how: _Options, say: Say) -> Artifact:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.schedule import Schedule, load_schedule
 
 from .front import Point, front, plot_front
-from .images import Images, Reference, images_of, make_sampler
+from .images import Images, Reference, Sampler, images_of, make_sampler
 from .player import Watched
 from .run import CHECKED
 
@@ -87,17 +88,10 @@ def compare(
     Raises:
         InputError: something cannot be used.
     """
-    asked = {Path(text).stem: load_schedule(text) for text in schedules}
-    if len(asked) != len(schedules):
-        raise InputError("two schedules have one name", found=", ".join(schedules))
-    lengths = {schedule.steps for schedule in asked.values()}
-    if len(lengths) != 1:
-        listed = ", ".join(f"{name}: {one.steps}" for name, one in asked.items())
-        what = "schedules of different numbers of steps cannot be compared"
-        raise InputError(what, found=listed)
+    asked = _asked(schedules)
     if plot is not None:
         check_plot_path(plot)
-    run = make_sampler(model, sampler, lengths.pop(), prompts)
+    run = make_sampler(model, sampler, next(iter(asked.values())).steps, prompts)
     source = getattr(run, "model", None) or open_model(model, arch=arch, need_inputs=False).model
     watched, noises = Watched(source), range(CHECKED, CHECKED + seeds)
     progress("uncached images", 0, 1)
@@ -113,14 +107,7 @@ def compare(
         made = {seed: images_of(run(runner, seed)) for seed in noises}
         decibels = [psnr for seed in noises for psnr in reference.psnr(seed, made[seed])]
         quality[name] = fmean(decibels), _ssim(made, reference)
-    everyone = {UNCACHED: watched, **runners}
-    taken: dict[str, list[float]] = {name: [] for name in everyone}
-    for number in range(rounds):
-        for name, model_fn in everyone.items():
-            progress(f"timing {name}", number, rounds)
-            began = time.perf_counter()
-            run(model_fn, noises[0])
-            taken[name].append(time.perf_counter() - began)
+    taken = _timed({UNCACHED: watched, **runners}, run, rounds, progress)
     found = _found(asked, taken, quality, runners)
     if out is not None:
         numbers = [asdict(one) for one in found]
@@ -130,6 +117,32 @@ def compare(
         points = [Point(c.name, c.seconds, c.psnr) for c in found if c.psnr is not None]
         plot_front(points, {}, plot, f"{model}, {backend}", "seconds of a run")
     return found
+
+
+def _asked(schedules: Sequence[str]) -> dict[str, Schedule]:
+    """The schedules by name."""
+    asked = {Path(text).stem: load_schedule(text) for text in schedules}
+    if len(asked) != len(schedules):
+        raise InputError("two schedules have one name", found=", ".join(schedules))
+    if len({schedule.steps for schedule in asked.values()}) != 1:
+        listed = ", ".join(f"{name}: {one.steps}" for name, one in asked.items())
+        what = "schedules of different numbers of steps cannot be compared"
+        raise InputError(what, found=listed)
+    return asked
+
+
+def _timed(
+    everyone: Mapping[str, Callable[..., Any]], run: Sampler, rounds: int, progress: Progress
+) -> dict[str, list[float]]:
+    """Seconds of whole runs, all in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in everyone}
+    for number in range(rounds):
+        for name, model_fn in everyone.items():
+            progress(f"timing {name}", number, rounds)
+            began = time.perf_counter()
+            run(model_fn, CHECKED)
+            taken[name].append(time.perf_counter() - began)
+    return taken
 
 
 def _found(

@@ -253,9 +253,7 @@ def test_graph_is_flat_and_has_the_values() -> None:
     found = traced(Base(), X, T)
     nodes = list(found.module.graph.nodes)
     assert {n.op for n in nodes} == {"placeholder", "get_attr", "call_function", "output"}
-    assert found.stack is not None
-    assert [value.node for value in found.stack.values] == ["add_0"]
-    assert found.stack.covers == ("mlp",)
+    assert found.stack is not None and found.stack.covers == ("mlp",)  # noqa: PT018
     assert {value.node for value in found.sites[0].values} < {n.name for n in nodes}
     assert all("val" in n.meta for n in nodes if n.op != "output")
 
