@@ -14,7 +14,7 @@ from typing import Any
 from cachegraph.downloads import mistaken
 from cachegraph.errors import ArtifactError
 from cachegraph.graph.weights import WEIGHTS_FILE
-from cachegraph.runtime.program import Program
+from cachegraph.runtime.program import OtherPlan, Program
 
 from .data import DataError, from_data, to_data
 
@@ -45,6 +45,7 @@ class Manifest:
         weights: name -> SHA-256 of the tensor's bytes.
         aliases: name -> the weight that it is another name of.
         program: what the steps do.
+        plans: by name, where there are several; that of the program is the first.
         made_from: digest of all that it was made from, where that can be told.
     """
 
@@ -54,6 +55,7 @@ class Manifest:
     weights: Mapping[str, str]
     aliases: Mapping[str, str]
     program: Program
+    plans: Mapping[str, OtherPlan]
     made_from: str | None
 
     @cached_property
@@ -159,6 +161,11 @@ def read_file(folder: Path, name: str, expected: FileRecord) -> bytes:
         found=instead or found,
         remedy=remedy or "compile the artifact again",
     )
+
+
+def plan_file(name: str) -> str:
+    """The file of a plan's schedule, where an artifact has several."""
+    return f"schedule-{name}.yaml"
 
 
 def record(path: Path) -> FileRecord:
