@@ -9,7 +9,7 @@ import typer
 
 from cachegraph.errors import InputError
 
-from .options import MaybeSchedule, SeedOption, argument
+from .options import CODE, MaybeSchedule, SeedOption, argument
 from .output import Say, is_artifact, progress, show
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 def sample(
     what: Annotated[
-        str, argument("MODEL_OR_ARTIFACT", "The shipped model digits, or an artifact made from it.")
+        str,
+        argument(
+            "MODEL_OR_ARTIFACT", f"The shipped model digits, or an artifact made from it. {CODE}"
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE.png", show_default=False, help="A PNG.")
