@@ -65,6 +65,8 @@ def open_model(
 ) -> Source:
     """Opens whatever MODEL names.
 
+    A ``.pt2`` program and a factory are code, which runs here: open only those that you trust.
+
     Args:
         text: a weights file, ``.pt2`` program, diffusers folder, ``module:factory`` or shipped
             model; with ``shapes_only`` or ``random_weights`` also an architecture such as
