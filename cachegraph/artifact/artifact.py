@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +23,14 @@ from cachegraph.backends import AheadOfTime, Progress, check_all, get_backend
 from cachegraph.backends.named import named_graphs
 from cachegraph.errors import ArtifactError
 from cachegraph.folders import refuse_foreign, writing, written_whole
+from cachegraph.graph.provenance import NOTHING, Provenance
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import (
     WEIGHTS_FILE,
     Stamp,
     distinct,
     refuse_changed,
+    relink,
     save_weights,
     stamp,
 )
@@ -38,7 +40,17 @@ from cachegraph.runtime.program import Program
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import Track
 
-from .manifest import COMPILED, GRAPHS, MANIFEST, SCHEDULE, Manifest, digest_in, record
+from .data import from_data
+from .manifest import (
+    COMPILED,
+    GRAPHS,
+    MANIFEST,
+    PROVENANCE,
+    SCHEDULE,
+    Manifest,
+    digest_in,
+    record,
+)
 from .origin import Origin
 
 if TYPE_CHECKING:
@@ -65,6 +77,8 @@ class Artifact:
         device: that the weights are on.
         compiled: backend -> folder with what it compiled ahead of time.
         saved: folder of an artifact that holds some of these -> digest of its manifest.
+        provenance_text: where the nodes of the graphs come from, as JSON; empty where that is
+            not known.
     """
 
     program: Program
@@ -77,6 +91,7 @@ class Artifact:
     device: torch.device
     compiled: dict[str, Path] = field(default_factory=dict)
     saved: dict[Path, str] = field(default_factory=dict)
+    provenance_text: str = ""
     stamp: Stamp = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +107,23 @@ class Artifact:
 
         return load_schedule(yaml.safe_load(self.schedule_text))
 
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Where the nodes of the graphs come from, and what each costs.
+
+        Raises:
+            ArtifactError: the artifact was edited.
+        """
+        if not self.provenance_text:
+            return NOTHING
+        try:
+            found: Provenance = from_data(json.loads(self.provenance_text), Provenance)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{PROVENANCE} of the artifact is wrong: {error}", remedy="compile it again"
+            ) from error
+        return found
+
     def __repr__(self) -> str:
         """``Artifact(fora, 50 steps, 2 variants, aoti, cpu)``."""
         method, steps = self.schedule.policy.method, len(self.program.steps)
@@ -105,6 +137,7 @@ class Artifact:
         backend: str | None = None,
         timesteps: Sequence[float] | None = None,
         cuda_graphs: bool = False,
+        functions: Sequence[StepFunction] | None = None,
     ) -> Runner:
         """A callable with the traced model's signature.
 
@@ -113,6 +146,7 @@ class Artifact:
             backend: another backend than the artifact was compiled for.
             timesteps: the sampler's, in place of the schedule's; see :class:`Runner`.
             cuda_graphs: record each step's kernels once and launch them all at once.
+            functions: of a runner of the same graphs, to use again.
 
         Raises:
             BackendError: unknown backend, or one whose work cannot be recorded.
@@ -123,11 +157,21 @@ class Artifact:
         chosen = get_backend(backend or self.backend)
         recorder = recorders(self.device, chosen.name) if cuda_graphs else None
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
-        functions = self.functions(backend)
+        functions = self.functions(backend) if functions is None else functions
         place = str(next(iter(self.saved), ""))
         return Runner(
             self.program, functions, self.weights, track, prologues, timesteps, recorder, place
         )
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Artifact:
+        """The same loop, whose graphs take other tensors from now on.
+
+        Args:
+            weights: of the same names, shapes and dtypes.
+        """
+        for module in (*self.graphs, *self.prologues.values()):
+            relink(module, weights)
+        return replace(self, weights=weights)
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.
@@ -230,6 +274,7 @@ class Artifact:
         for name, module in modules.items():
             lines = ",\n".join(json.dumps(node) for node in graph_to_json(module.graph))
             (folder / GRAPHS / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+        (folder / PROVENANCE).write_text(self.provenance_text)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         Manifest(
             torch=torch.__version__.split("+")[0],

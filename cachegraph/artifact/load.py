@@ -22,6 +22,7 @@ from .manifest import (
     COMPILED,
     GRAPHS,
     MANIFEST,
+    PROVENANCE,
     SCHEDULE,
     Manifest,
     digest_in,
@@ -141,6 +142,7 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
         device=device,
         compiled={name: folder / COMPILED / name for name in sorted(backends)},
         saved={folder: manifest.digest},
+        provenance_text=contents.get(PROVENANCE, b"").decode(),
     )
 
 

@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"
 GRAPHS = "graphs"
+PROVENANCE = "provenance.json"
 _CODE = (".pt2", ".engine")  # machine code, which loading runs
 
 

@@ -23,6 +23,7 @@ from .compile import compile_model, verify
 from .export import export
 from .options import examples
 from .plan import inspect, show_plan
+from .report import report
 from .sample import sample
 
 
@@ -135,6 +136,13 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph inspect digits-fora-n3.cgraph",
         "cachegraph inspect digits-fora-n3.cgraph --diff variant0 variant1",
         "cachegraph inspect DiT-S/2 -s fora-n3 --variant variant1 --dot graph.dot",
+    ),
+    (
+        "report",
+        report,
+        "cachegraph report digits --schedule toca-n3 -o report.html",
+        "cachegraph report digits-fora-n3.cgraph --bench bench.json",
+        "cachegraph report DiT-XL/2 -s toca-n3 --json | jq .cost.total_flops",
     ),
     (
         "verify",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cachegraph.errors import ArtifactError, SessionError, out_of_memory
 
@@ -70,6 +70,23 @@ def add_weight(module: nn.Module, name: str) -> None:
     holder = module.get_submodule(path)
     rows = getattr(holder, leaf).detach()[start:stop]
     holder.register_buffer(name.removeprefix(f"{path}."), rows)
+
+
+def relink(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
+    """Let a graph take other tensors for its weights of the same names."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if not is_stored(weights, name):
+            continue
+        path, _, _ = _rows(name)[0].rpartition(".")
+        holder, leaf = module.get_submodule(path), name.removeprefix(f"{path}.")
+        tensor = stored_weight(weights, name)
+        for kind in (holder._parameters, holder._buffers, vars(holder)):
+            kind.pop(leaf, None)
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(leaf, tensor)
+        else:
+            holder.register_buffer(leaf, tensor)
 
 
 def _rows(name: str) -> tuple[str, int, int]:
