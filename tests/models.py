@@ -318,7 +318,11 @@ def _input(entry: Mapping[str, Any], generator: torch.Generator, factor: int) ->
         case {"tuple": children}:
             return tuple(_input(child, generator, factor) for child in children)
         case {"dict": children}:
-            return {k: _input(child, generator, factor) for k, child in children.items()}
+            keys = (int(k) if k.isdecimal() else k for k in children)  # JSON has texts only
+            return {
+                k: _input(child, generator, factor)
+                for k, child in zip(keys, children.values(), strict=True)
+            }
     return entry["py"]
 
 

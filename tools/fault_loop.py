@@ -62,8 +62,8 @@ def save_under(artifact: Artifact, place: Path, log: Path, options: Sequence[str
     child = os.fork()
     if not child:
         os.close(go)
-        os.read(ready, 1)  # until the watcher is there
         try:
+            os.read(ready, 1)  # until the watcher is there
             artifact.save(place)
         except CachegraphError:
             os._exit(2)
