@@ -52,7 +52,7 @@ def make_program(
             for step, variant in enumerate(plan.variant_of)
         ),
         variants=layouts,
-        request=_prologue_interface(request, Role.REQUEST),
+        request=prologue_interface(request, Role.REQUEST),
         signature=traced.signature,
         lasting=_lasting(graphs),
         batch=traced.batch,
@@ -108,7 +108,7 @@ def _input(node: fx.Node) -> Port:
     return Port(name, spec, Role.MODEL)
 
 
-def _prologue_interface(module: fx.GraphModule | None, role: Role) -> Interface | None:
+def prologue_interface(module: fx.GraphModule | None, role: Role) -> Interface | None:
     """An output is called as the input that takes it."""
     if module is None:
         return None
@@ -128,7 +128,7 @@ def _layout(graph: StepGraph, traced: TracedModel) -> VariantLayout:
         warnings.warn(
             f"{name}: values known beforehand are computed step by step: {problem}", stacklevel=2
         )
-    prologue = _prologue_interface(graph.prologue, Role.STEP)
+    prologue = prologue_interface(graph.prologue, Role.STEP)
     return VariantLayout(name, interface_of(graph), prologue, problem)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from torch import fx
 
@@ -66,28 +65,6 @@ def find_sites(graph: fx.Graph) -> tuple[Site, ...]:
         groups.append([branch]) if twin is None else twin.append(branch)
     sites = tuple(_site(dependence, group) for group in groups)
     return _with_unique_names(sites)
-
-
-def find_stack(graph: fx.Graph, sites: Sequence[Site]) -> Site | None:
-    """All blocks as one site, where every site stands in one chain of residual adds.
-
-    Its value is the stream behind the last block; reusing it skips all blocks.
-    """
-    chained = all(b.source == a.residual for a, b in pairwise(sites))
-    if not sites or not chained or any(len(site.values) > 1 for site in sites):
-        return None
-    last = next(node for node in graph.nodes if node.name == sites[-1].residual)
-    value = SiteValue(last.name, TensorSpec.of(last.meta["val"]), output_module(last))
-    return Site(
-        name="stack",
-        kind=SiteKind.STACK,
-        values=(value,),
-        module=None,
-        source=sites[0].source,
-        residual=last.name,
-        cores=(),
-        anchors=(),
-    )
 
 
 def _merge(merged: list[_Branch], branch: _Branch) -> None:

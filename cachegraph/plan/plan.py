@@ -58,6 +58,16 @@ class Plan:
         return tuple(tuple(sorted(kept)) for kept in freed)
 
     @cached_property
+    def _stacks(self) -> tuple[tuple[int, ...], ...]:
+        """Per site, the stacks around it."""
+        stacks = [(i, frozenset(site.covers)) for i, site in enumerate(self.sites) if site.covers]
+        return tuple(tuple(i for i, names in stacks if s.name in names) for s in self.sites)
+
+    def is_skipped(self, row: Row, site: int) -> bool:
+        """True where a row does not compute a stack that the site lies in."""
+        return any(not isinstance(row[stack], Compute) for stack in self._stacks[site])
+
+    @cached_property
     def order_depth(self) -> int:
         """J: the most partial steps that follow one computed step."""
         return order_depth(self.rows)
