@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EEXIST, ENOTEMPTY
 from pathlib import Path
 
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, InputError, out_of_memory
 
 _ANOTHER = "choose another path"
+_NO_SPACE = "free some space, or choose another path"
+_NO_MEMORY = "end other programs, or use a machine with more of it"
 _LINUX = sys.platform == "linux"
 _HERE, _EXCHANGE = -100, 2  # of renameat2: relative to the current folder; exchange both
 
@@ -29,9 +33,53 @@ def cache_folder(name: str) -> Path:
 
     Args:
         name: of the folder in it, which need not exist; :func:`make_folder` makes it.
+
+    Raises:
+        InputError: nobody said where, and there is no home folder.
     """
-    root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
+    try:
+        root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
+    except RuntimeError as error:
+        raise InputError(
+            "there is no home folder to keep compiled graphs in",
+            found=str(error),
+            remedy="set CACHEGRAPH_CACHE to a folder of yours",
+        ) from error
     return Path(root) / name
+
+
+def own_cache(name: str) -> Path:
+    """Such a folder, made where there is none; what lies there is run, so it is ours alone.
+
+    Raises:
+        InputError: it cannot be made, or somebody else may write to it.
+    """
+    folder = make_folder(cache_folder(name))
+    state = folder.stat()
+    if os.name == "posix" and (state.st_uid != os.geteuid() or state.st_mode & stat.S_IWOTH):
+        raise InputError(
+            "others may write to the folder of compiled code, which is run",
+            place=str(folder),
+            expected=f"a folder of user {os.geteuid()} that others cannot write to",
+            found=f"user {state.st_uid}, {stat.filemode(state.st_mode)}",
+            remedy="remove it or change that, or set CACHEGRAPH_CACHE to a folder of yours",
+        )
+    return folder
+
+
+def record_content(path: Path) -> None:
+    """Note down what a file holds, before it takes its place under the same name."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(f"{path.name}.sha256").write_text(digest)
+
+
+def is_as_recorded(path: Path) -> bool:
+    """Whether a file is there and holds what was noted down."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return path.with_name(f"{path.name}.sha256").read_text() == digest
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def make_folder(folder: Path, remedy: str = "set CACHEGRAPH_CACHE to a folder of yours") -> Path:
@@ -94,9 +142,9 @@ def written_whole(target: Path) -> Iterator[Path]:
     """
     place = Path(os.path.realpath(target))  # a link stays one
     make_folder(place.parent, _ANOTHER)
-    _sweep(place)
     partial = _beside(place, "partial")
     try:
+        _sweep(place)
         partial.mkdir()
         yield partial
         _sync(partial)
@@ -107,10 +155,54 @@ def written_whole(target: Path) -> Iterator[Path]:
             "the output cannot be written",
             place=str(error.filename or target),
             found=error.strerror or str(error),
-            remedy="free some space, or choose another path",
+            remedy=_NO_SPACE,
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ArtifactError(
+            "not enough memory to write the output", place=str(target), remedy=_NO_MEMORY
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with writing to a file or folder is told with its path.
+
+    Raises:
+        InputError: writing failed, such as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "cannot be written",
+            place=str(error.filename or path),
+            found=error.strerror or str(error),
+            remedy=_NO_SPACE,
+        ) from error
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place when all went well.
+
+    It is on the disk then; a process that is killed leaves what was there, and a hidden file that
+    ends in ``.partial``.
+
+    Raises:
+        InputError: see :func:`writing`.
+    """
+    partial = _beside(path, "partial")
+    try:
+        with writing(path):
+            yield partial
+            _sync_path(partial)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _problem(folder: Path) -> str:

@@ -15,7 +15,16 @@ from cachegraph.graph.step_graph import CONSTANT, ORIGIN, SLOT, Origin, Stage, S
 from cachegraph.graph.token_choice import Chooser, Constants, needs_entropy
 from cachegraph.model.site import Site
 from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, sources
-from cachegraph.plan.slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Slot, StepConstant
+from cachegraph.plan.slot import (
+    AGE,
+    EXTRAS,
+    INNER,
+    ORDER,
+    SCORE,
+    ConstantKind,
+    Slot,
+    StepConstant,
+)
 from cachegraph.plan.variant import extra_spec, scorer
 
 _ANY_COUNT = 3  # of tokens, while shapes are looked at
@@ -149,6 +158,10 @@ class _Insertion:
         kept_slot = self._slot(Slot(site.name, 0, 0, site.values[0].spec), value.meta["val"])
         with graph.inserting_before(self.first):
             old = self._read(kept_slot)
+        if site.inner is not None:  # attention stays what it was when the site was computed
+            attention = self._read_extra(site, INNER, value)
+            inner = self.by_name[site.inner.node]
+            inner.replace_all_uses_with(attention, propagate_meta=False)
         if chooser.selection.foreseen:
             order = self._read_extra(site, ORDER, value)
             with graph.inserting_before(self.first):

@@ -48,6 +48,9 @@ def load(
 ) -> Runner:
     """A compiled model, callable as the traced one was; needs no model code.
 
+    An artifact compiled for ``aoti`` or ``tensorrt`` holds machine code, which runs here: load only
+    those that you trust. Those for ``eager``, ``inductor`` and ``onnx`` are data.
+
     Args:
         artifact: a folder, or what :func:`compile` returned.
         device: where a folder's weights go.

@@ -24,6 +24,7 @@ SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"
 GRAPHS = "graphs"
 PROVENANCE = "provenance.json"
+_CODE = (".pt2", ".engine")  # machine code, which loading runs
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Manifest:
         (folder / MANIFEST).write_text(content)
 
     def _data(self) -> dict[str, Any]:
-        return {"cachegraph": FORMAT, **to_data(self, Manifest)}
+        # For people and tools that look at one; nothing here goes by it.
+        says = {"holds_code": any(name.endswith(_CODE) for name in self.files)}
+        return {"cachegraph": FORMAT, **says, **to_data(self, Manifest)}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -120,6 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _typed(manifest: dict[str, Any], folder: Path) -> Manifest:
     del manifest["cachegraph"]
+    manifest.pop("holds_code", None)
     try:
         found: Manifest = from_data(manifest, Manifest)
     except DataError as error:

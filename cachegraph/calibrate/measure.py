@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from cachegraph.errors import InputError, ScheduleError, nearest
+from cachegraph.errors import InputError, ScheduleError
+from cachegraph.folders import writing
 from cachegraph.plan.action import Forecast
 from cachegraph.schedule.rows import make_rows
 from cachegraph.schedule.schedule import Schedule, load_schedule
@@ -74,21 +75,9 @@ def load_sampler(text: str) -> Sampler:
     Raises:
         InputError: there is no such module or function.
     """
-    from cachegraph.compiler.sources import import_module
+    from cachegraph.compiler.sources import import_function
 
-    if not all(text.partition(":")):
-        raise InputError("not a sampler", place=text, expected="module:function")
-    module, name = import_module(text, InputError)
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise InputError(
-            f"module {module.__name__!r} has no function {name!r}",
-            place=text,
-            expected="a function of the model and a seed",
-            remedy=nearest(name, known),
-        )
-    return found
+    return import_function(text, "sampler", "a function of the model and a seed")
 
 
 def digits_sampler(steps: int) -> Sampler:
@@ -224,12 +213,8 @@ def _check_sampler(model: str, sampler: str | None) -> None:
 
 
 def _write(schedule: Schedule, out: Path, what: str) -> None:
-    try:
+    with writing(out):
         out.write_text(f"# {what}\n{schedule.to_yaml()}", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"the schedule cannot be written: {error.strerror}", place=str(out)
-        ) from error
 
 
 def _schedule(

@@ -15,17 +15,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cachegraph.errors import CachegraphError
+from cachegraph.errors import CachegraphError, printable
 
 from .bench import bench
 from .calibrate import calibrate, import_router_file
 from .compile import compile_model, verify
+from .evaluate import evaluate
 from .export import export
 from .options import examples
 from .plan import inspect, show_plan
 from .report import report
 from .sample import sample
 from .search import compare, import_steps, search
+from .train_router import train_router
 
 
 class _Commands(TyperGroup):
@@ -63,7 +65,9 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def _message(error: Exception) -> str:
     if isinstance(error, CachegraphError):
         return f"error: {error}"
-    first = str(error).strip().partition("\n")[0]
+    first = printable(str(error).strip().partition("\n")[0])
+    if notes := "; ".join(getattr(error, "__notes__", ())):
+        first += f" ({notes})"
     return f"error: {type(error).__name__}: {first}\nadd --debug to see where it happened"
 
 
@@ -161,6 +165,14 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         sample,
         "cachegraph sample digits --schedule fora-n3 -o digits.png",
         "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
+        "torchrun --nproc-per-node 8 -m cachegraph sample xl.cgraph --num 50000 -o xl.npz "
+        "--vae sd-vae --device cuda",
+    ),
+    (
+        "evaluate",
+        evaluate,
+        "cachegraph evaluate fora.npz uncached.npz --extractor inception.pt -o fora.json",
+        "cachegraph evaluate digits-fora.npz digits-full.npz",
     ),
     (
         "bench",
@@ -174,6 +186,13 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph calibrate digits --bound 0.1 -o smooth.yaml --plot error.png",
         "cachegraph calibrate digits --schedule fora-n3 --goc 0.5 -o corrected.yaml",
         "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
+    ),
+    (
+        "train-router",
+        train_router,
+        "cachegraph train-router DiT-XL-2-256x256.pt --steps 10 -o harmonica-10 --device cuda",
+        "torchrun --nproc-per-node 2 -m cachegraph train-router digits --steps 10 -o digits-10",
+        "cachegraph train-router model.pt --method l2c --steps 20 --data latents -o l2c-20",
     ),
     (
         "search",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
-from .options import ArchOption, InputOption, SizeOption, argument, schedule_option
+from .options import CODE, ArchOption, InputOption, SizeOption, argument, schedule_option
 from .output import progress, show
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 _Model = Annotated[
     str,
     argument(
-        "MODEL", "A model as for compile, or an architecture such as DiT-XL/2 (random weights)."
+        "MODEL",
+        f"A model as for compile, or an architecture such as DiT-XL/2 (random weights). {CODE}",
     ),
 ]
 _Schedules = Annotated[list[str], schedule_option("A YAML file or preset; once for each.")]
@@ -112,7 +114,8 @@ def bench(
     show(*report.report(source.name, found, here, rounds), columns=_COLUMNS)
     if out is not None:
         data = report.result_data(source.name, found, here, rounds)
-        out.write_text(json.dumps(data, indent=1) + "\n")
+        with writing(out):
+            out.write_text(json.dumps(data, indent=1) + "\n")
         show(f"numbers   {out}")
     if plot is not None:
         report.plot_steps(found, plot, source.name)

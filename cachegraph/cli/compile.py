@@ -11,6 +11,7 @@ import typer
 from cachegraph.errors import CachegraphError, InputError
 
 from .options import (
+    CODE,
     ArchOption,
     DisableOption,
     ForceOption,
@@ -154,7 +155,7 @@ def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
 
 
 def verify(
-    artifact: Annotated[Path, argument("ARTIFACT", "What compile wrote.")],
+    artifact: Annotated[Path, argument("ARTIFACT", f"What compile wrote. {CODE}")],
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", show_default=False, help="The model that it was made from."),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
 from .options import (
     ArchOption,
@@ -226,7 +227,8 @@ def _show_parts(
         show(show_difference(view, *diff), columns=_UNBROKEN)
     elif dot:
         index = view.variant(variant) if variant else 0
-        dot.write_text(graph_dot(view.graphs[index]))
+        with writing(dot):
+            dot.write_text(graph_dot(view.graphs[index]))
         show(f"{dot}: {view.plan.variants[index].name} in DOT")
     elif variant:
         typer.echo(view.texts[view.variant(variant)], nl=False)

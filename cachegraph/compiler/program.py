@@ -15,7 +15,7 @@ from cachegraph.model.trace import TracedModel
 from cachegraph.plan.action import Refresh, sources
 from cachegraph.plan.cost import PlanCost
 from cachegraph.plan.plan import Plan
-from cachegraph.plan.slot import EXTRAS, ORDER, slot_key
+from cachegraph.plan.slot import EXTRAS, INNER, ORDER, slot_key
 from cachegraph.plan.variant import VALUES
 from cachegraph.runtime.known import REQUEST, prologue_name
 from cachegraph.runtime.program import Made, Program, Step, VariantLayout
@@ -138,7 +138,7 @@ def _step(plan: Plan, graph: StepGraph, interface: Interface, step: int) -> Step
     for node in graph.inputs:
         if (slot := node.meta.get(SLOT)) is not None:
             made = sources(action := plan.rows[step][index[slot.site]])[slot.age]
-            if slot.value == ORDER and isinstance(action, Refresh):
+            if slot.value in (ORDER, INNER) and isinstance(action, Refresh):
                 made = action.scored
             slots[str(node.target)] = made
         elif CONSTANT in node.meta:

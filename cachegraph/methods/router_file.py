@@ -18,6 +18,7 @@ import torch
 
 from cachegraph.config.yaml_lines import Source, dotted, read_yaml
 from cachegraph.errors import InputError, ModelError, nearest
+from cachegraph.folders import writing
 from cachegraph.zoo.checkpoint import read_pickle
 
 _KEY = re.compile(r"(\d+)\.prob")
@@ -103,7 +104,7 @@ def read_router(path: Path, threshold: float, semantics: str) -> Mask:
     """
     if path.suffix not in _CHECKPOINTS:
         return _read_mask(path)
-    scores = _read_checkpoint(path)
+    scores = read_scores(path)
     steps, width = len(scores), len(scores[0])
     rows = []
     for step in range(steps):
@@ -143,10 +144,8 @@ def import_router(path: Path, out: Path, threshold: float = 0.1, semantics: str 
         f"The router {path.name} at threshold {threshold:g}, semantics {semantics}.\n"
         f"{runs_text(mask, semantics)}."
     )
-    try:
+    with writing(out):
         out.write_text(mask_to_yaml(mask, comment), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the mask cannot be written: {error.strerror}", place=str(out)) from error
     return mask
 
 
@@ -163,8 +162,15 @@ def _digits(row: tuple[bool, ...]) -> str:
     return "".join("1" if run else "0" for run in row)
 
 
-def _read_checkpoint(path: Path) -> list[torch.Tensor]:
-    """The scores of every router, by its index."""
+def read_scores(path: Path) -> list[torch.Tensor]:
+    """The scores of every router, by its index.
+
+    Args:
+        path: a checkpoint of Learning-to-Cache or HarmoniCa.
+
+    Raises:
+        InputError: it is none, or holds more than tensors.
+    """
     if not path.is_file():
         raise InputError("there is no such file", place=str(path))
     try:

@@ -52,6 +52,19 @@ class SiteKind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Folding:
+    """Tokens of a stream that lie in the batch of an attention: frames, or the places in them.
+
+    Attributes:
+        size: how many.
+        outer: the stream's tokens are sorted by them first.
+    """
+
+    size: int
+    outer: bool
+
+
+@dataclass(frozen=True)
 class SiteValue:
     """One output of a site.
 
@@ -59,11 +72,35 @@ class SiteValue:
         node: name of the value's node in the traced graph.
         spec: shape and dtype, such as ``f32[s0, N, C]``.
         module: path of the innermost module whose output this value is, or None.
+        residual: node of the addition that it ends in.
+        tokens: from which to which token of the site's attention this value's stream goes; None
+            where that is not known, or there is none.
+        folding: of an attention within frames or along time.
     """
 
     node: str
     spec: TensorSpec
     module: str | None
+    residual: str = ""
+    tokens: tuple[int, int] | None = None
+    folding: Folding | None = None
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What a fused site keeps inside: the attention that its last projection takes.
+
+    With it, tokens of the site can be recomputed without attention.
+
+    Attributes:
+        node: that makes it.
+        spec: such as ``f32[s0, N, C]``.
+        columns: where it stands in what the projection takes.
+    """
+
+    node: str
+    spec: TensorSpec
+    columns: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -83,6 +120,7 @@ class Site:
         anchors: nodes that do the site's main work (attention cores and linears); none of them
             may be left in a step that reuses the site.
         fused: one projection serves attention and mlp (single blocks of FLUX).
+        inner: of a fused site whose projection can be split, its attention.
         call: which call of the module it is, where one module serves several streams.
         covers: names of the sites inside of a stack. What a row says of them counts only in steps
             that compute the stack; in others they do not run.
@@ -100,6 +138,7 @@ class Site:
     reader: str | None = None
     residual: str = ""
     cores: tuple[str, ...] = ()
+    inner: Inner | None = None
     covers: tuple[str, ...] = ()
     relative: bool = False
 

@@ -14,7 +14,9 @@ from torch import fx
 
 from cachegraph.spec import TensorSpec
 
+from .folding import find_folding
 from .site import Site, SiteKind, SiteValue
+from .streams import inner_of, tokens_of
 from .structure import (
     ATTENTION,
     CARRIED,
@@ -264,22 +266,35 @@ def _site(dependence: Dependence, group: list[_Branch]) -> Site:
     anchors = {n for branch in group for n in (*branch.cores, *branch.linears)}
     adds = [add for branch in group for add in branch.adds]
     kind = _kind(dependence, group)
+    joined = [
+        inner for branch in group for inner in inner_of(dependence, branch.cores, branch.linears)
+    ]
     module = enclosing_module(anchors, adds)
     block = common_module([*anchors, *adds])
     return Site(
         name=module if module is not None else f"{block}:{kind.value}" if block else kind.value,
         kind=kind,
-        values=tuple(
-            SiteValue(b.value.name, TensorSpec.of(b.value.meta["val"]), output_module(b.value))
-            for b in group
-        ),
+        values=tuple(_value(dependence, branch) for branch in group),
         module=module,
         source=group[0].source.name,
         reader=_reader(dependence, group[0]),
         residual=adds[-1].name,
         cores=tuple(n.name for n in group[0].cores),
         anchors=tuple(n.name for n in sorted(anchors, key=dependence.index.__getitem__)),
-        fused=any(_is_fused(dependence, branch) for branch in group),
+        fused=bool(joined),
+        inner=joined[0] if len(group) == len(joined) == 1 else None,
+    )
+
+
+def _value(dependence: Dependence, branch: _Branch) -> SiteValue:
+    node = branch.value
+    return SiteValue(
+        node=node.name,
+        spec=TensorSpec.of(node.meta["val"]),
+        module=output_module(node),
+        residual=branch.adds[-1].name,
+        tokens=tokens_of(dependence, branch.cores, node),
+        folding=find_folding(node) if branch.cores else None,
     )
 
 
@@ -302,19 +317,6 @@ def _kind(dependence: Dependence, group: list[_Branch]) -> SiteKind:
         if any(not dependence.depends(a, source) for a in factors):
             return SiteKind.CROSS_ATTN
     return SiteKind.ATTN
-
-
-def _is_fused(dependence: Dependence, branch: _Branch) -> bool:
-    """True where the last projection takes attention and another branch of the block together."""
-    for linear in branch.linears if branch.cores else ():
-        joined = strip(linear.all_input_nodes[0], VIEWS | CASTS)
-        if joined.target is not aten.cat.default:
-            continue
-        parts = joined.all_input_nodes
-        with_core = [any(dependence.depends(p, core) for core in branch.cores) for p in parts]
-        if any(with_core) and not all(with_core):
-            return True
-    return False
 
 
 def _with_unique_names(sites: tuple[Site, ...]) -> tuple[Site, ...]:

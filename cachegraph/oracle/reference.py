@@ -125,6 +125,8 @@ class ReferenceRunner:
             made[site.name] = [choice.refreshed(site, action, step, kept, output)]
             return made[site.name][0]
 
+        kept_inside = partial(choice.as_it_was, site, action)
+        stack.callback(module.register_forward_pre_hook(kept_inside).remove)
         stack.callback(module.register_forward_hook(hook).remove)
 
     def _value_module(self, site: Site, index: int) -> nn.Module:

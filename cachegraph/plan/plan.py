@@ -232,7 +232,9 @@ def _check_refresh(
         return
     tokens = site.values[0].spec.shape[1] if len(site.values[0].spec.shape) == 3 else None
     computed = 0 <= action.scored < step and isinstance(rows[action.scored][index], Compute)
-    fits = isinstance(tokens, int) and 1 <= action.tokens < tokens and action.age >= 0
+    # All tokens of a fused site: its attention stays what it was, so that is no computing.
+    most = tokens - (not site.fused) if isinstance(tokens, int) else 0
+    fits = 1 <= action.tokens <= most and action.age >= 0 and (site.inner or not site.fused)
     if selection is None or len(site.values) != 1 or not computed or not fits:
         raise PlanError(
             f"step {step} cannot refresh tokens of {site.name}",

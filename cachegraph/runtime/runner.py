@@ -117,24 +117,25 @@ class Runner(nn.Module):
         """By name, where the artifact has several; this runner is the first of them."""
         return self._plans
 
-    def session(self, plan: str | None = None) -> Session:
+    def session(self, plan: str | None = None, *, quiet: bool = False) -> Session:
         """An independent trajectory over the same weights.
 
         Args:
             plan: the name of a plan, where the artifact has several.
+            quiet: do not warn of a trajectory that is left unfinished.
 
         Raises:
             SessionError: there is no such plan.
         """
         if plan is None:
-            return Session(self)
+            return Session(self, quiet=quiet)
         if plan not in self._plans:
             raise SessionError(
                 f"there is no plan {plan!r}",
                 expected=", ".join(self._plans) or "no name: the artifact has one plan",
                 remedy=nearest(plan, self._plans),
             )
-        return Session(self._plans[plan])
+        return Session(self._plans[plan], quiet=quiet)
 
     def known_values(self) -> KnownValues:
         """What is known beforehand of a trajectory that has not begun."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cachegraph.compiler.compile import ScheduleSource
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 from cachegraph.methods import METHODS
 from cachegraph.model.trace import trace
 from cachegraph.oracle.reference import ReferenceRunner
@@ -63,7 +64,7 @@ def token_shares(
             + " or ".join(one.name() for one in METHODS if one.chooses_tokens),
         )
     runner = ReferenceRunner.of_plan(model, traced, plan, asked)
-    shares = torch.zeros(plan.steps, *plan.selection.grid)
+    shares = torch.zeros(plan.steps, *_grid(plan))
 
     steps = iter(range(plan.steps))
 
@@ -79,7 +80,7 @@ def token_shares(
 
 def _share(plan: Plan, row: Row, choosing: set[int], picked: dict[str, Tensor]) -> Tensor:
     """Share of the choosing sites that recompute each token of the sample with guidance, (h, w)."""
-    height, width = plan.selection.grid if plan.selection is not None else (0, 0)
+    height, width = _grid(plan)
     found = torch.zeros(height * width)
     for i in choosing:
         if isinstance(row[i], Compute):
@@ -87,6 +88,11 @@ def _share(plan: Plan, row: Row, choosing: set[int], picked: dict[str, Tensor]) 
         elif isinstance(row[i], Refresh):
             found[picked[plan.sites[i].name][0]] += 1
     return (found / len(choosing)).view(height, width)
+
+
+def _grid(plan: Plan) -> tuple[int, int]:
+    """Height and width in tokens; of digits there is always one."""
+    return (plan.selection.grid if plan.selection is not None else None) or (0, 0)
 
 
 def write_token_map(model: nn.Module, schedule: ScheduleSource, path: Path) -> None:
@@ -114,8 +120,9 @@ def write_token_map(model: nn.Module, schedule: ScheduleSource, path: Path) -> N
         panel = _panel(image, share, whole)
         pen.text((left, top), str(step), fill=(0, 0, 0))
         canvas.paste(Image.fromarray(panel.numpy()), (left, top + _HEAD))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.save(path)
 
 
 def _panel(image: Tensor, share: Tensor, whole: bool) -> Tensor:
