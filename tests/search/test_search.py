@@ -207,9 +207,7 @@ def test_costs_say_how_many_full_steps_fit() -> None:
     costs = StepCosts(10, 0.5, {STACK: PlaceCost(0.1, 1.0, 0.01, 0.002)})
     assert costs.seconds(family, 4) == pytest.approx(0.6 + 4 + 6 * 0.01)
     assert costs.seconds(deep, 4) == pytest.approx(0.6 + 4 + 6 * 0.014)
-    assert costs.seconds(deep, 2) == pytest.approx(
-        0.6 + 2 + 8 * 0.01
-    )
+    assert costs.seconds(deep, 2) == pytest.approx(0.6 + 2 + 8 * 0.01)
     assert costs.uncached() == pytest.approx(10.5)
     for count in range(1, 11):
         assert costs.most(family, costs.seconds(family, count) + 1e-6) == count
