@@ -26,6 +26,7 @@ from .options import examples
 from .plan import inspect, show_plan
 from .report import report
 from .sample import sample
+from .search import compare, import_steps, search
 from .train_router import train_router
 
 
@@ -194,9 +195,29 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph train-router model.pt --method l2c --steps 20 --data latents -o l2c-20",
     ),
     (
+        "search",
+        search,
+        "cachegraph search digits --budget 10 -o fast.yaml",
+        "cachegraph search digits --seconds 1.2 --backend inductor -o fast.yaml",
+        "cachegraph search model.pt --speedup 2.5 --sampler my_sampler:run -o fast.yaml",
+    ),
+    (
+        "compare",
+        compare,
+        "cachegraph compare digits -s fora-n5 -s taylorseer-n5 -s fast.yaml --plot front.png",
+        "cachegraph compare model.pt --sampler my_sampler:run -s a.yaml -s b.yaml -o numbers.json",
+    ),
+    (
         "import-router",
         import_router_file,
         "cachegraph import-router DDIM20_router.pt -o mask.yaml --threshold 0.1",
+    ),
+    (
+        "import-schedule",
+        import_steps,
+        "cachegraph import-schedule scm:medium -o medium.yaml",
+        "cachegraph import-schedule cem-priors-dit.pt --full 14 -o cem.yaml",
+        "cachegraph import-schedule lemica.txt --steps 50 --order 1 -o lemica.yaml",
     ),
 )
 for _name, _command, *_lines in _COMMANDS:

@@ -9,7 +9,7 @@ import typer
 
 from cachegraph.errors import InputError
 
-from .options import DeviceOption, MaybeSchedule, SeedOption, argument
+from .options import CODE, DeviceOption, MaybeSchedule, SeedOption, argument
 from .output import Say, is_artifact, progress, show
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _What = Annotated[
     argument(
         "MODEL_OR_ARTIFACT",
         "For a picture the shipped model digits, or an artifact made from it; with --num any "
-        "artifact, or a model as for compile.",
+        f"artifact, or a model as for compile. {CODE}",
     ),
 ]
 _Out = Annotated[

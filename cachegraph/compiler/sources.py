@@ -65,6 +65,8 @@ def open_model(
 ) -> Source:
     """Opens whatever MODEL names.
 
+    A ``.pt2`` program and a factory are code, which runs here: open only those that you trust.
+
     Args:
         text: a weights file, ``.pt2`` program, diffusers folder, ``module:factory`` or shipped
             model; with ``shapes_only`` or ``random_weights`` also an architecture such as
@@ -118,9 +120,9 @@ def check_model_file(text: str) -> None:
 
 
 def is_architecture(text: str) -> bool:
-    """True for ``DiT-XL/2`` and ``DiT(depth=2)``; such a model has no weights."""
+    """True for ``DiT-XL/2``, ``FLUX`` and ``DiT(depth=2)``; such a model has no weights."""
     families = "|".join(re.escape(architecture.name) for architecture in ARCHITECTURES)
-    return text in _SIZES or re.fullmatch(rf"\s*({families})\s*\(.*\)\s*", text) is not None
+    return text in _SIZES or re.fullmatch(rf"\s*({families})\s*(\(.*\))?\s*", text) is not None
 
 
 def _open(
@@ -141,7 +143,7 @@ def _open(
     if is_architecture(text):
         if shapes_only or random_weights:
             device = "meta" if shapes_only else "cpu"
-            return Source(build_model(text, input_size or 32, device=device), None, None, text)
+            return Source(build_model(text, input_size, device=device), None, None, text)
         what = f"{text!r} is an architecture, without weights"
         raise ModelError(what, expected=FORMS, remedy="only plan, inspect and bench do without")
     if ":" in text:
