@@ -23,6 +23,7 @@ LABELS = (3, 8)
 COMPUTED = {
     "digits-smoothcache": Fraction(35, 2),
     "digits-goc": Fraction(18),
+    "digits-harmonica-10": Fraction(143, 24),
     "digits-taylorseer": Fraction(18),
 }
 GAIN = {"digits-goc": 5.0, "digits-taylorseer": 6.0}  # dB over fora-n3
