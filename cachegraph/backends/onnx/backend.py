@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _function(
     if found != [*graph.inputs, *stored, *graph.outputs]:
         what = "the ONNX file has other inputs and outputs than the graph"
         raise BackendError(what, place=str(path), remedy="compile again")
-    held = {name: OrtValue.from_dlpack(tensor) for name, tensor in stored.items()}
+    held = {name: OrtValue.from_dlpack(_shared(tensor)) for name, tensor in stored.items()}
 
     # Values do not own the tensors, so the weights must live as long as the function does.
     def call(*tensors: Tensor, _kept: Any = stored) -> list[Tensor]:
@@ -103,15 +104,30 @@ def _function(
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
         for name, tensor in zip(graph.inputs, given, strict=True):
-            binding.bind_ortvalue_input(name, OrtValue.from_dlpack(tensor))
+            binding.bind_ortvalue_input(name, OrtValue.from_dlpack(_shared(tensor)))
         for name, tensor in zip(graph.outputs, made, strict=True):
-            binding.bind_ortvalue_output(name, OrtValue.from_dlpack(tensor))
+            binding.bind_ortvalue_output(name, OrtValue.from_dlpack(_shared(tensor)))
         if device.type == "cuda":  # onnxruntime has a stream of its own
             torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)
         return made
 
     return call
+
+
+@dataclass(frozen=True)
+class _Truths:
+    """A bool tensor as onnxruntime wants it: it takes bytes, and the dtype to say what they are."""
+
+    bytes_: Tensor
+    dtype: torch.dtype = torch.bool
+
+    def __dlpack__(self) -> Any:
+        return self.bytes_.__dlpack__()
+
+
+def _shared(tensor: Tensor) -> Tensor | _Truths:
+    return _Truths(tensor.view(torch.uint8)) if tensor.dtype is torch.bool else tensor
 
 
 def _with_weights_as_inputs(path: Path, weights: Weights) -> tuple[bytes, dict[str, Tensor]]:
