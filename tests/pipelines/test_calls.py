@@ -358,7 +358,9 @@ def test_forms_that_keep_coming_are_told(pipe: Pipe) -> None:
 @pytest.mark.parametrize(
     ("policy", "more"),
     [
-        ({"method": "table", "rows": [{"steps": [0, 2, 3, 4], "sites": "*"}]}, {}),
+        ({"method": "smoothcache", "lists": {"attn": [1, 0, 1, 0, 1]}}, {}),
+        ({"method": "table", "reuse_steps": [1, 3]}, {}),
+        ({"method": "forecast", "basis": "lagrange", "order": 1, "full_steps": [0, 2]}, {}),
         ({"method": "fora", "interval": 3}, {"timesteps": [5.0, 4.0, 3.0, 2.0, 1.0]}),
         (
             {"method": "fora", "interval": 3},
@@ -369,8 +371,6 @@ def test_forms_that_keep_coming_are_told(pipe: Pipe) -> None:
 def test_a_schedule_that_fixes_its_steps_is_refused_before_the_model_is_called(
     pipe: Pipe, policy: Any, more: Any
 ) -> None:
-    if policy["method"] == "table":
-        policy = {"method": "smoothcache", "lists": {"attn": [1, 0, 1, 0, 1]}}
     cg.accelerate(pipe, {"cachegraph": 1, "steps": 5, "policy": policy, **more}, backend="eager")
     called: list[int] = []
     hook = pipe.transformer.head.register_forward_hook(lambda *_: called.append(1))
