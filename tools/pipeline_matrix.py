@@ -196,6 +196,20 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def tiny_vae() -> nn.Module:
+    """Latents of an eighth of the height and width."""
+    import diffusers
+
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+        norm_num_groups=2,
+        shift_factor=0.0,
+    ).eval()
+
+
 def more_pipelines(specs: Any) -> dict[str, type[Any]]:
     """Pipelines of the same parts: two transformers, img2img, bfloat16 at the default steps."""
     import diffusers
@@ -228,15 +242,7 @@ def more_pipelines(specs: Any) -> dict[str, type[Any]]:
             return {**super().kw(options), "image": image, "strength": 0.75}  # type: ignore[misc]
 
         def build(self) -> Any:
-            torch.manual_seed(0)
-            vae = diffusers.AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(4,) * 4,
-                norm_num_groups=2,
-                shift_factor=0.0,
-            )
-            parts = {**super().build().components, "vae": vae.eval()}  # type: ignore[misc]
+            parts = {**super().build().components, "vae": tiny_vae()}  # type: ignore[misc]
             return getattr(diffusers, self.pipeline)(**parts)
 
     class SD3Image(ImageToImage, specs.SD3):

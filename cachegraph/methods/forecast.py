@@ -120,6 +120,10 @@ class ForecastMethod(Method):
         default=None, ge=0, description="a step: forecasts look at no full step before it"
     )
 
+    def fixes_steps(self) -> bool:
+        """A list of full steps is for the steps that there are; a rule is not."""
+        return isinstance(self.full_steps, tuple)
+
     def problems(self, steps: int) -> Iterator[Problem]:
         """Keys of another basis, full steps that cannot be, an order that is too high."""
         basis = BASES[self.basis]

@@ -54,7 +54,6 @@ class Method(Section):
         by_block: GOC's published code corrects attn and mlp of a block together on it, or neither.
         skips_stack: it may reuse what all blocks hand out together, so it rules the ``stack`` too.
         chooses_tokens: it recomputes some tokens of a site.
-        fixes_steps: it says step by step what to do, so it is for one number of steps only.
         file_keys: the keys that name a file.
         example: keys that make a schedule of ``EXAMPLE_STEPS`` steps, for tests.
     """
@@ -63,7 +62,6 @@ class Method(Section):
     by_block: ClassVar[bool] = False
     skips_stack: ClassVar[bool] = False
     chooses_tokens: ClassVar[bool] = False
-    fixes_steps: ClassVar[bool] = False
     file_keys: ClassVar[tuple[str, ...]] = ()
     example: ClassVar[Mapping[str, object]] = {}
 
@@ -74,6 +72,10 @@ class Method(Section):
         """What ``method`` says in a schedule."""
         word: str = get_args(cls.model_fields["method"].annotation)[0]
         return word
+
+    def fixes_steps(self) -> bool:
+        """Whether it says step by step what to do, so that it is for one number of steps only."""
+        return False
 
     def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
         """What every step does at the ruled sites.

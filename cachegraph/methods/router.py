@@ -24,7 +24,6 @@ class Router(Method):
     every step but the first.
     """
 
-    fixes_steps: ClassVar[bool] = True
     correctable: ClassVar[bool] = True
     by_block: ClassVar[bool] = True
     file_keys: ClassVar[tuple[str, ...]] = ("file",)
@@ -38,6 +37,10 @@ class Router(Method):
     semantics: Literal["l2c", "harmonica", "uvit"] = Field(
         default="l2c", description="one of harmonica, l2c, uvit"
     )
+
+    def fixes_steps(self) -> bool:
+        """A mask is for the steps that it was learned for."""
+        return True
 
     def problems(self, steps: int) -> Iterator[Problem]:
         """An odd number of steps: l2c and uvit pair a step of the mask with a whole one."""

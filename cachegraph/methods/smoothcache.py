@@ -71,7 +71,6 @@ class SmoothCache(Method):
     The lists are in a file as published, or in the schedule itself.
     """
 
-    fixes_steps: ClassVar[bool] = True
     correctable: ClassVar[bool] = True
     file_keys: ClassVar[tuple[str, ...]] = ("file",)
     example: ClassVar = {"lists": {"attn": [1, 0, 1, 0, 0, 1, 0], "mlp": [1, 1, 0] * 2 + [0]}}
@@ -85,6 +84,10 @@ class SmoothCache(Method):
         BeforeValidator(_check_lists),
         PlainSerializer(lambda lists: None if lists is None else dict(lists)),
     ] = Field(default=None, description="a mapping of keys to lists of 0 and 1")
+
+    def fixes_steps(self) -> bool:
+        """The lists have a number a step."""
+        return True
 
     def problems(self, steps: int) -> Iterator[Problem]:
         """Not exactly one of file and lists, or lists that do not fit the steps."""

@@ -57,7 +57,6 @@ class Table(Method):
     the order of the sites; whether their number fits is known only with the model.
     """
 
-    fixes_steps: ClassVar[bool] = True
     correctable: ClassVar[bool] = True
     example: ClassVar = {"reuse_steps": [1, 3]}
 
@@ -66,6 +65,10 @@ class Table(Method):
     rows: Annotated[tuple[TableRow, ...] | None, BeforeValidator(_check_rows)] = Field(
         default=None, description="a list, one row a step"
     )
+
+    def fixes_steps(self) -> bool:
+        """Rows and lists are for the steps that there are."""
+        return True
 
     def problems(self, steps: int) -> Iterator[Problem]:
         """Steps or rows that cannot be, and a reuse before anything has been computed."""

@@ -185,7 +185,7 @@ class Schedule(Section):
 
     def fixed_by(self) -> str | None:
         """The section that is for this number of steps and no other; None where it scales."""
-        if self.policy.fixes_steps:
+        if self.policy.fixes_steps():
             return f"the {self.policy.method} policy"
         if self.correction is not None:
             return f"the {self.correction.method} correction"
