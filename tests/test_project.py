@@ -62,6 +62,7 @@ def shipped_files() -> set[str]:
     names = {"cachegraph/py.typed", "cachegraph/schedules/README.md"}
     for folder, pattern, prefix in (
         ("cachegraph", "**/*.py", ""),  # where the links are followed, the names are the same
+        ("cachegraph/report", "page/*", ""),
         ("cachegraph/zoo", "*.safetensors", ""),
         ("passes", "**/*.py", "cachegraph/"),
         ("schedules", "**/*.py", "cachegraph/"),
