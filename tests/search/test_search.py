@@ -191,10 +191,23 @@ def test_a_time_is_met_or_refused(tmp_path: Path) -> None:
         search(tmp_path / "b.yaml", Budget(seconds=1e3))
     with pytest.raises(InputError, match="no schedule takes this time"):
         search(tmp_path / "c.yaml", Budget(speedup=1e6))
-    found = search(tmp_path / "d.yaml", Budget(speedup=1 + 0.5 * (high / low - 1)), trials=20)
-    assert found.predicted is not None and found.predicted > 0  # noqa: PT018
-    assert found.judged[0].seconds is not None
-    assert 1 <= found.judged[0].full_steps < STEPS
+
+
+def test_a_time_becomes_full_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 s a full step and 0.1 s a skipped one: in 4 s, 3 of 8; on a machine half as fast, 1."""
+    cost = PlaceCost(0.0, 1.0, 0.1, 0.0)
+
+    def costs(_model: Any, _call: Any, choice: list[Family], steps: int, *_: Any) -> StepCosts:
+        return StepCosts(steps, 0.0, {family.sites: cost for family in choice})
+
+    monkeypatch.setattr(running, "measure_costs", costs)
+    for factor, full in ((1.0, 3), (2.0, 1)):
+        monkeypatch.setattr(running, "time_run", lambda *_, factor=factor: factor * 3.5)
+        out = tmp_path / f"{full}.yaml"
+        found = search(out, Budget(seconds=4.0), trials=20, noises=1, check=1)
+        assert found.judged[0].full_steps == full
+        assert found.predicted == pytest.approx(factor * (full + (STEPS - full) * 0.1))
+        assert found.judged[0].seconds == factor * 3.5
 
 
 def _is_number(word: str) -> bool:
