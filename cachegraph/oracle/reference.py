@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,18 @@ from torch.utils import _pytree
 from cachegraph.errors import SiteError
 from cachegraph.model.site import Site
 from cachegraph.model.trace import TracedModel, trace
-from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, makes_value
+from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, Row, makes_value
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.variant import VALUES
 from cachegraph.runtime.tracking import Position, Tracking, make_tracking
 from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import Schedule, load_schedule
 
+from .by_graph import GraphRun
 from .tokens import TokenChoice
 
 Values = dict[tuple[str, int], list[Tensor]]  # (site, step that made it) -> its values
+Made = dict[str, list[Tensor]]  # site -> its values
 
 
 class ReferenceRunner:
@@ -85,29 +87,62 @@ class ReferenceRunner:
                 plan.selection.check_call(inputs[0].shape[0])
                 self._choice = TokenChoice(plan, plan.selection)
         row = plan.rows[position.step]
-        made: dict[str, list[Tensor]] = {}
-        with ExitStack() as stack:
-            if (choice := self._choice) is not None:
-                stack.enter_context(choice.watch(self.model, row))
-            for site, action in zip(plan.sites, row, strict=True):
-                if choice is not None and isinstance(action, Refresh):
-                    self._refresh(stack, site, action, position.step, choice, made)
-                    continue
-                kept = self._kept(site, action)
-                stack.enter_context(self._at_site(site, kept, made))
-                if kept is not None and makes_value(action):
-                    made[site.name] = kept
-                if choice is not None and isinstance(action, Compute):
-                    note = partial(choice.computed, site, position.step)
-                    module = self._value_module(site, -1)
-                    stack.callback(module.register_forward_hook(note).remove)
-            result = self.model(*args, **kwargs)
+        if self.by_hooks:
+            result, made = self._hooked(row, position.step, args, kwargs)
+        else:
+            result, made = self._interpreted(row, inputs, kwargs.get("return_dict"))
         self._values.update({(name, position.step): v for name, v in made.items()})
         for freed in plan.freed_after[position.step]:
             if freed.part == VALUES:
                 self._values.pop((plan.sites[freed.site].name, freed.made), None)
         self._position = position
         return result
+
+    @property
+    def by_hooks(self) -> bool:
+        """Whether modules return every value of every site, so that hooks can replace it.
+
+        Else the traced graph is interpreted, with the values of sites replaced in it.
+        """
+        sites = self._plan.sites if self._plan is not None else ()
+        return all(value.module is not None for site in sites for value in site.values)
+
+    def _hooked(self, row: Row, step: int, args: Any, kwargs: Any) -> tuple[Any, Made]:
+        """What the model returns for one step, and what its sites made."""
+        _, plan = self._prepare(args, kwargs)
+        made: Made = {}
+        with ExitStack() as stack:
+            if (choice := self._choice) is not None:
+                stack.enter_context(choice.watch(self.model, row))
+            for site, action in zip(plan.sites, row, strict=True):
+                if choice is not None and isinstance(action, Refresh):
+                    self._refresh(stack, site, action, step, choice, made)
+                    continue
+                kept = self._kept(site, action)
+                stack.enter_context(self._at_site(site, kept, made))
+                if kept is not None and makes_value(action):
+                    made[site.name] = kept
+                if choice is not None and isinstance(action, Compute):
+                    note = partial(choice.computed, site, step)
+                    module = self._value_module(site, -1)
+                    stack.callback(module.register_forward_hook(note).remove)
+            return self.model(*args, **kwargs), made
+
+    def _interpreted(
+        self, row: Row, inputs: Sequence[Tensor], return_dict: bool | None
+    ) -> tuple[Any, Made]:
+        assert self._traced and self._plan
+        kept: Made = {}
+        for site, action in zip(self._plan.sites, row, strict=True):
+            if (values := self._kept(site, action)) is not None:
+                kept[site.name] = values
+        run = GraphRun(self._traced, kept)
+        result = run.call(inputs, return_dict)
+        made = {name: [v for _, v in sorted(found.items())] for name, found in run.made.items()}
+        for site, action in zip(self._plan.sites, row, strict=True):
+            if site.name in kept and makes_value(action):
+                made[site.name] = kept[site.name]
+        return result, made
 
     def _refresh(
         self,

@@ -1,0 +1,41 @@
+"""The plan executed on the traced graph, node by node: where no module returns a site's value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from cachegraph.model.site import VALUE
+from cachegraph.model.trace import TracedModel
+
+
+class GraphRun(fx.Interpreter):
+    """One call of a traced graph in which what sites made can be replaced and is noted.
+
+    It knows nothing of slots, variants and passes, so it can tell whether they are right.
+
+    Args:
+        traced: the model.
+        kept: site -> what stands for its values in this call.
+    """
+
+    def __init__(self, traced: TracedModel, kept: Mapping[str, Sequence[Tensor]]) -> None:
+        super().__init__(traced.module)
+        self.made: dict[str, dict[int, Tensor]] = {}
+        self._signature, self._kept = traced.signature, kept
+
+    def call(self, inputs: Sequence[Tensor], return_dict: bool | None) -> Any:
+        """What the model returns for its tensors, in the order of the graph."""
+        return self._signature.unflatten(self.run(*inputs), return_dict)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """A node's value, or what replaces it."""
+        site, index = n.meta.get(VALUE, ("", 0))
+        if site in self._kept:
+            return self._kept[site][index]
+        value = super().run_node(n)
+        if site:
+            self.made.setdefault(site, {})[index] = value
+        return value
