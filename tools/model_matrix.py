@@ -57,15 +57,7 @@ class Calls:
         self.changing = [*self.latents, *filter(_is_time, tensors)]
 
     def trajectory(self, batch: int, seed: int = 0) -> Iterator[Row]:
-        """One call a step.
-
-        Raises:
-            ValueError: the configuration has no such batch.
-        """
-        if batch % self.config["batch"]:
-            whole = self.trajectory(batch * self.config["batch"], seed)
-            yield from (_cut(call, batch * self.config["batch"], batch) for call in whole)
-            return
+        """One call a step."""
         lasting = models.make_inputs(self.config, seed=seed, batch=batch)
         for step in range(STEPS):
             fresh = models.make_inputs(self.config, seed=seed + 1 + step, batch=batch)
@@ -98,16 +90,6 @@ def _falling(time: Tensor, step: int) -> Tensor:
     return time * (STEPS - step) // STEPS
 
 
-def _cut(call: Row, whole: int, batch: int) -> Row:
-    """The first of a batch, along every axis that is as long as the batch and stands first."""
-
-    def leaf(value: Any) -> Any:
-        cut = isinstance(value, Tensor) and value.ndim and value.shape[0] == whole
-        return value[:batch].clone() if cut else value
-
-    return _pytree.tree_map(leaf, call)
-
-
 def try_one(config: Mapping[str, Any], say: Any) -> None:
     """Everything about one configuration; ``say(key, value)`` notes down what was found."""
     torch.manual_seed(0)
@@ -130,7 +112,9 @@ def try_one(config: Mapping[str, Any], say: Any) -> None:
     say("seconds", round(time.process_time() - started, 1))
     kinds = [site.kind.value for site in built.traced.sites]
     say("sites", {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)})
-    say("batch", "any" if built.traced.batch else f"fixed: {built.traced.fixed_batch_reason}")
+    fixed = "" if built.traced.items else "fixed: "
+    say("batch", "any" if built.traced.batch else f"{fixed}{built.traced.fixed_batch_reason}")
+    say("reads", [built.traced.signature.inputs[one.input][0] for one in built.traced.contents])
     say("conditions", list(built.traced.conditions))
     run = cg.load(assemble(built, "eager"))
     reference = cg.ReferenceRunner.of_plan(model, built.traced, built.plan, built.schedule)
@@ -140,8 +124,8 @@ def try_one(config: Mapping[str, Any], say: Any) -> None:
     say("felt", felt)
     with torch.no_grad():
         again, other = model(**copy.deepcopy(example)), twin(**copy.deepcopy(example))
-    same = (models.tensors(a) for a in (before, again, other))
-    say("untouched", all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*same)))
+    same = zip(*(models.tensors(a) for a in (before, again, other)), strict=True)
+    say("untouched", all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in same))
     say("batches", _batches(run, reference, model, calls, batch))
     _onnx(built, run, calls.trajectory(batch), say)
 
@@ -262,7 +246,7 @@ def passes(row: Row) -> bool:
 def table(rows: Mapping[str, Row]) -> str:
     """A page about all rows."""
     good = sum(map(passes, rows.values()))
-    fixed = sum(passes(r) and r["batch"] != "any" for r in rows.values())
+    fixed = sum(passes(r) and r["batch"].startswith("fixed") for r in rows.values())
     onnx = sum(_is_small(r.get("onnx"), ONNX_TOLERANCE) for r in rows.values())
     lines = [
         f"{good} of {len(rows)} compile with FORA and equal the reference ({TOLERANCE:g}); of "
@@ -296,7 +280,7 @@ def _reasons(row: Row) -> Iterator[str]:
         yield f"batch {row['batch']}"
     if isinstance(row.get("onnx"), str):
         yield f"ONNX: {row['onnx']}"
-    if row.get("batch") == "any":
+    if not row.get("batch", "fixed").startswith("fixed"):
         for batch, found in row.get("batches", {}).items():
             if not _is_small(found, TOLERANCE):
                 yield f"batch of {batch}: {found}"

@@ -14,6 +14,7 @@ from cachegraph.backends import Progress, check_all, get_backend
 from cachegraph.errors import ModelError
 from cachegraph.graph.step_graph import StepGraph
 from cachegraph.graph.text import graph_text
+from cachegraph.model.export import changing
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.passes import passes_without
 from cachegraph.plan.plan import Plan
@@ -88,6 +89,9 @@ def build(
         say("tracing the model")
         args, kwargs = example_inputs(model, args, kwargs)
         traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch)
+    for one in traced.contents:
+        if (name := traced.signature.inputs[one.input][0]) in varying:
+            raise changing(one.place, name)
     plan = plan_of(asked, traced)
     weights = module_weights(traced)
     reports: list[PassReport] = []

@@ -78,7 +78,7 @@ class CallSignature:
         Raises:
             SessionError: the call does not have the traced form.
         """
-        given = self._bind(args, kwargs)
+        given = self.bind(args, kwargs)
         found: dict[int, Tensor] = {}
         for parameter in self.parameters:
             name = parameter.name
@@ -110,7 +110,12 @@ class CallSignature:
                 remedy="trace it with return_dict=True, or call it with return_dict=False",
             )
 
-    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name.
+
+        Raises:
+            SessionError: there are too many, or one is unknown or given twice.
+        """
         names = [p.name for p in self.parameters if p.positional]
         if len(args) > len(names):
             raise SessionError(

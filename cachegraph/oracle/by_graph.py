@@ -23,12 +23,22 @@ class GraphRun(fx.Interpreter):
 
     def __init__(self, traced: TracedModel, kept: Mapping[str, Sequence[Tensor]]) -> None:
         super().__init__(traced.module)
-        self.made: dict[str, dict[int, Tensor]] = {}
         self._signature, self._kept = traced.signature, kept
+        self._made: dict[str, dict[int, Tensor]] = {}
+        self._outputs: Sequence[Tensor] = ()
 
-    def call(self, inputs: Sequence[Tensor], return_dict: bool | None) -> Any:
-        """What the model returns for its tensors, in the order of the graph."""
-        return self._signature.unflatten(self.run(*inputs), return_dict)
+    def run(self, *inputs: Any, **_: Any) -> Any:
+        """The graph's outputs for the model's tensors, in the order of the graph."""
+        self._outputs = super().run(*inputs)
+        return self._outputs
+
+    def result(self, return_dict: bool | None) -> Any:
+        """What the model would have returned."""
+        return self._signature.unflatten(self._outputs, return_dict)
+
+    def values(self) -> dict[str, list[Tensor]]:
+        """What each site made, where it ran."""
+        return {name: [made[i] for i in sorted(made)] for name, made in self._made.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         """A node's value, or what replaces it."""
@@ -37,5 +47,5 @@ class GraphRun(fx.Interpreter):
             return self._kept[site][index]
         value = super().run_node(n)
         if site:
-            self.made.setdefault(site, {})[index] = value
+            self._made.setdefault(site, {})[index] = value
         return value

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from cachegraph.errors import SiteError
+from cachegraph.model.items import joined
 from cachegraph.model.site import Site
 from cachegraph.model.trace import TracedModel, trace
-from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, Row, makes_value
+from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, makes_value
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.variant import VALUES
 from cachegraph.runtime.tracking import Position, Tracking, make_tracking
@@ -48,6 +49,7 @@ class ReferenceRunner:
         self.schedule = load_schedule(schedule)
         self._traced: TracedModel | None = None
         self._plan: Plan | None = None
+        self._items: dict[int, ReferenceRunner] = {}
         self._templates: dict[str, Any] = {}  # site -> what its module returns, values left out
         self.reset()
 
@@ -62,6 +64,7 @@ class ReferenceRunner:
 
     def reset(self) -> None:
         """Begin a new trajectory."""
+        self._items.clear()
         self._values: Values = {}
         self._choice: TokenChoice | None = None
         self._position = Position()
@@ -79,6 +82,11 @@ class ReferenceRunner:
             SessionError: the call does not fit the trajectory.
         """
         traced, plan = self._prepare(args, kwargs)
+        if (items := traced.items) is not None:
+            given = traced.signature.bind(args, kwargs)
+            if (count := items.count(given)) > 1:
+                parts = [items.part(given, number) for number in range(count)]
+                return joined([self._item(i)(**part, step=step) for i, part in enumerate(parts)])
         inputs = traced.signature.flatten(args, kwargs)
         position = self._tracking(traced, plan).locate(self._position, inputs, step)
         if position.step == 0:
@@ -86,17 +94,24 @@ class ReferenceRunner:
             if plan.selection is not None:
                 plan.selection.check_call(inputs[0].shape[0])
                 self._choice = TokenChoice(plan, plan.selection)
-        row = plan.rows[position.step]
         if self.by_hooks:
-            result, made = self._hooked(row, position.step, args, kwargs)
+            result, made = self._hooked(plan, position.step, args, kwargs)
         else:
-            result, made = self._interpreted(row, inputs, kwargs.get("return_dict"))
+            run, made = self._interpreted(traced, plan, position.step, inputs)
+            result = run.result(kwargs.get("return_dict"))
         self._values.update({(name, position.step): v for name, v in made.items()})
         for freed in plan.freed_after[position.step]:
             if freed.part == VALUES:
                 self._values.pop((plan.sites[freed.site].name, freed.made), None)
         self._position = position
         return result
+
+    def _item(self, number: int) -> ReferenceRunner:
+        """The runner of one item of a batch, for a model that is traced for one."""
+        if number not in self._items:
+            traced, plan = self._prepare((), {})
+            self._items[number] = self.of_plan(self.model, traced, plan, self.schedule)
+        return self._items[number]
 
     @property
     def by_hooks(self) -> bool:
@@ -107,10 +122,9 @@ class ReferenceRunner:
         sites = self._plan.sites if self._plan is not None else ()
         return all(value.module is not None for site in sites for value in site.values)
 
-    def _hooked(self, row: Row, step: int, args: Any, kwargs: Any) -> tuple[Any, Made]:
+    def _hooked(self, plan: Plan, step: int, args: Any, kwargs: Any) -> tuple[Any, Made]:
         """What the model returns for one step, and what its sites made."""
-        _, plan = self._prepare(args, kwargs)
-        made: Made = {}
+        row, made = plan.rows[step], Made()
         with ExitStack() as stack:
             if (choice := self._choice) is not None:
                 stack.enter_context(choice.watch(self.model, row))
@@ -126,23 +140,20 @@ class ReferenceRunner:
                     note = partial(choice.computed, site, step)
                     module = self._value_module(site, -1)
                     stack.callback(module.register_forward_hook(note).remove)
-            return self.model(*args, **kwargs), made
+            result = self.model(*args, **kwargs)
+        return result, made
 
     def _interpreted(
-        self, row: Row, inputs: Sequence[Tensor], return_dict: bool | None
-    ) -> tuple[Any, Made]:
-        assert self._traced and self._plan
-        kept: Made = {}
-        for site, action in zip(self._plan.sites, row, strict=True):
-            if (values := self._kept(site, action)) is not None:
-                kept[site.name] = values
-        run = GraphRun(self._traced, kept)
-        result = run.call(inputs, return_dict)
-        made = {name: [v for _, v in sorted(found.items())] for name, found in run.made.items()}
-        for site, action in zip(self._plan.sites, row, strict=True):
-            if site.name in kept and makes_value(action):
-                made[site.name] = kept[site.name]
-        return result, made
+        self, traced: TracedModel, plan: Plan, step: int, inputs: Sequence[Tensor]
+    ) -> tuple[GraphRun, Made]:
+        """The graph with kept values in it, run, and what its sites made."""
+        actions = list(zip(plan.sites, plan.rows[step], strict=True))
+        found = ((site.name, self._kept(site, action)) for site, action in actions)
+        kept = {name: values for name, values in found if values is not None}
+        run = GraphRun(traced, kept)
+        run.run(*inputs)
+        again = {s.name: kept[s.name] for s, a in actions if s.name in kept and makes_value(a)}
+        return run, run.values() | again
 
     def _refresh(
         self,

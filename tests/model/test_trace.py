@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from cachegraph.errors import InputError, ModelError, SiteError, TraceError
 from cachegraph.graph.text import node_lines
+from cachegraph.model.export import _inline_autocast
 from cachegraph.model.site import VALUE
-from cachegraph.model.trace import TracedModel, _inline_autocast, trace
+from cachegraph.model.trace import TracedModel, trace
 
 aten = torch.ops.aten
 X, T = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.25])

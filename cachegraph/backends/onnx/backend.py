@@ -16,7 +16,10 @@ from cachegraph.errors import BackendError
 from cachegraph.graph.weights import is_stored, stored_weight
 from cachegraph.runtime.known import StepFunction
 
+from .real import as_real
+
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_KINDS = {torch.bfloat16: 16}  # the number that ONNX gives it, as numpy has none
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -97,21 +100,30 @@ def _function(
 
     # Values do not own the tensors, so the weights must live as long as the function does.
     def call(*tensors: Tensor, _kept: Any = stored) -> list[Tensor]:
-        given = [tensor.detach().contiguous() for tensor in tensors]
-        made = graph.empty_outputs(given, device)
+        given = [as_real(tensor.detach().contiguous()) for tensor in tensors]
+        made = graph.empty_outputs(tensors, device)
         binding = session.io_binding()
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
         for name, tensor in zip(graph.inputs, given, strict=True):
-            binding.bind_ortvalue_input(name, OrtValue.from_dlpack(tensor))
-        for name, tensor in zip(graph.outputs, made, strict=True):
-            binding.bind_ortvalue_output(name, OrtValue.from_dlpack(tensor))
+            binding.bind_input(name, *_place_of(tensor))
+        for name, tensor in zip(graph.outputs, map(as_real, made), strict=True):
+            binding.bind_output(name, *_place_of(tensor))
         if device.type == "cuda":  # onnxruntime has a stream of its own
             torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)
         return made
 
     return call
+
+
+def _place_of(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
+    """What onnxruntime asks about a tensor's memory; its dlpack takes no booleans."""
+    device = tensor.device
+    kind: Any = _KINDS.get(tensor.dtype)
+    if kind is None:
+        kind = torch.empty(0, dtype=tensor.dtype).numpy().dtype.type
+    return device.type, device.index or 0, kind, list(tensor.shape), tensor.data_ptr()
 
 
 def _with_weights_as_inputs(path: Path, weights: Weights) -> tuple[bytes, dict[str, Tensor]]:
