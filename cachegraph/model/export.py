@@ -49,7 +49,7 @@ class Exported:
     Attributes:
         program: as it made it.
         source: the same without anything written in place.
-        arguments: that it was traced with.
+        arguments: that it is of.
         conditions: on sizes.
         reason: why the batch is fixed, where it is.
         contents: of inputs, which the model reads.
@@ -146,7 +146,7 @@ class _Attempt:
         if conditions is None or (reason and batch == 1):
             return None, reason
         contents = contents_of(reads, _tensors(example), rows=True)
-        return Exported(program, source, example, conditions, reason, contents), reason
+        return Exported(program, source, self.arguments, conditions, reason, contents), reason
 
     def _reads_alike(self, reads: Mapping[Any, Read], example: Mapping[str, Any]) -> bool:
         """Whether another batch of the same items makes the model read the same."""
