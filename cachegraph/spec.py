@@ -57,6 +57,7 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {
     "BitwiseFn_bitwise_xor": operator.xor,
 }
 
+_ITEMS, _CHARACTERS = 8, 80  # of a value that is shown
 _LONGEST = 2_000  # characters of an expression
 _LARGEST_EXPONENT = 64
 
@@ -187,3 +188,26 @@ def spec_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "(" + ", ".join(spec_text(v) for v in value) + ")"
     return str(value)
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, tensors by shape: ``[f32[2, 3], 1.5]``."""
+    match value:
+        case torch.Tensor():
+            return str(TensorSpec.of(value))
+        case list() | tuple():
+            items = [shown(item) for item in value[:_ITEMS]]
+            items += [f"... {len(value)} in all"] if len(value) > _ITEMS else []
+            text = ", ".join(items)
+            return f"[{text}]" if isinstance(value, list) else f"({text})"
+        case dict():
+            pairs = [f"{key!r}: {shown(value[key])}" for key in list(value)[:_ITEMS]]
+            pairs += [f"... {len(value)} in all"] if len(value) > _ITEMS else []
+            return f"{{{', '.join(pairs)}}}"
+        case bool() | int() | float() | str() | None:
+            text = repr(value)
+            return text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + "..."
+    shape = getattr(value, "shape", None)  # numpy's arrays
+    return (
+        f"{type(value).__name__}{list(shape)}" if isinstance(shape, tuple) else type(value).__name__
+    )

@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite golden texts; review the diff"
     )
+    parser.addoption("--pictures", metavar="FOLDER", help="where tests leave screenshots")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cachegraph.artifact.data import DataError, from_data, to_data
-from cachegraph.spec import TensorSpec, evaluate, short_dtype, spec_text
+from cachegraph.spec import TensorSpec, evaluate, short_dtype, shown, spec_text
 
 EXPRESSIONS = {  # what torch 2.13 writes, and what it is for a batch of 6
     "s77": 6,
@@ -124,3 +125,12 @@ def test_spec_text_of_recorded_values() -> None:
     assert spec_text(pair) == "(f32[2, 3], (i64[]))"
     assert spec_text(3) == "3"
     assert short_dtype(torch.float8_e4m3fn) == "float8_e4m3fn"
+
+
+def test_values_in_messages() -> None:
+    many = [torch.zeros(2, 3), 1.5, None, "a" * 200, {"x": (torch.zeros(4),)}, np.zeros((2, 2))]
+    assert shown(many) == (
+        f"[f32[2, 3], 1.5, None, '{'a' * 79}..., {{'x': (f32[4])}}, ndarray[2, 2]]"
+    )
+    assert shown([torch.zeros(1)] * 1000).endswith("f32[1], ... 1000 in all]")
+    assert shown(object()) == "object"

@@ -23,6 +23,7 @@ from cachegraph.backends import AheadOfTime, Progress, check_all, get_backend
 from cachegraph.backends.named import named_graphs
 from cachegraph.errors import ArtifactError
 from cachegraph.folders import refuse_foreign, written_whole
+from cachegraph.graph.provenance import NOTHING, Provenance
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import (
     WEIGHTS_FILE,
@@ -39,7 +40,17 @@ from cachegraph.runtime.program import Program
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import Track
 
-from .manifest import COMPILED, GRAPHS, MANIFEST, SCHEDULE, Manifest, digest_in, record
+from .data import from_data
+from .manifest import (
+    COMPILED,
+    GRAPHS,
+    MANIFEST,
+    PROVENANCE,
+    SCHEDULE,
+    Manifest,
+    digest_in,
+    record,
+)
 from .origin import Origin
 
 if TYPE_CHECKING:
@@ -66,6 +77,8 @@ class Artifact:
         device: that the weights are on.
         compiled: backend -> folder with what it compiled ahead of time.
         saved: folder of an artifact that holds some of these -> digest of its manifest.
+        provenance_text: where the nodes of the graphs come from, as JSON; empty where that is
+            not known.
     """
 
     program: Program
@@ -78,6 +91,7 @@ class Artifact:
     device: torch.device
     compiled: dict[str, Path] = field(default_factory=dict)
     saved: dict[Path, str] = field(default_factory=dict)
+    provenance_text: str = ""
     stamp: Stamp = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +106,23 @@ class Artifact:
         from cachegraph.schedule.schedule import load_schedule
 
         return load_schedule(yaml.safe_load(self.schedule_text))
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Where the nodes of the graphs come from, and what each costs.
+
+        Raises:
+            ArtifactError: the artifact was edited.
+        """
+        if not self.provenance_text:
+            return NOTHING
+        try:
+            found: Provenance = from_data(json.loads(self.provenance_text), Provenance)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{PROVENANCE} of the artifact is wrong: {error}", remedy="compile it again"
+            ) from error
+        return found
 
     def __repr__(self) -> str:
         """``Artifact(fora, 50 steps, 2 variants, aoti, cpu)``."""
@@ -230,6 +261,7 @@ class Artifact:
         for name, module in modules.items():
             lines = ",\n".join(json.dumps(node) for node in graph_to_json(module.graph))
             (folder / GRAPHS / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+        (folder / PROVENANCE).write_text(self.provenance_text)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         Manifest(
             torch=torch.__version__.split("+")[0],

@@ -22,6 +22,7 @@ from .manifest import (
     COMPILED,
     GRAPHS,
     MANIFEST,
+    PROVENANCE,
     SCHEDULE,
     Manifest,
     digest_in,
@@ -53,6 +54,9 @@ def load(
         timesteps: the sampler's, one a step as the model takes them, in place of the schedule's.
             Steps are found by them, and what depends on them alone is computed ahead from the
             first step on; with ``track="count"`` they are taken as said, calls' are not looked at.
+            Say them where you can: a sampler of fewer steps, or of others, is an error at its first
+            call then. Without them it gives an image, and only when the trajectory is left
+            unfinished does an ``UnfinishedWarning`` tell.
         cuda_graphs: record the kernels of each kind of step once and launch them all at once. Each
             branch of a session records graphs of its own, anew for another batch: about one a
             variant and set of token counts, see ``runtime.cuda_graph.plan_launches``.
@@ -135,6 +139,7 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
         device=device,
         compiled={name: folder / COMPILED / name for name in sorted(backends)},
         saved={folder: manifest.digest},
+        provenance_text=contents.get(PROVENANCE, b"").decode(),
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cachegraph.downloads import mistaken
 from cachegraph.errors import ArtifactError
 from cachegraph.graph.weights import WEIGHTS_FILE
 from cachegraph.runtime.program import Program
@@ -22,6 +23,7 @@ MANIFEST = "manifest.json"
 SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"
 GRAPHS = "graphs"
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,13 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = json.loads((folder / MANIFEST).read_text())
         version = manifest["cachegraph"]
         recorded = manifest.pop("digest")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        instead, remedy = mistaken(folder / MANIFEST)
         raise ArtifactError(
-            "the manifest is damaged", place=str(folder / MANIFEST), found=repr(error)
+            "the manifest is damaged",
+            place=str(folder / MANIFEST),
+            found=instead or repr(error),
+            remedy=remedy or "compile the artifact again",
         ) from error
     if version != FORMAT:
         raise ArtifactError(
@@ -145,12 +151,13 @@ def read_file(folder: Path, name: str, expected: FileRecord) -> bytes:
         if not expected.sha256 or hashlib.sha256(content).hexdigest() == expected.sha256:
             return content
         found = "other content of the same size"
+    instead, remedy = mistaken(path) if size else ("", "")
     raise ArtifactError(
         "a file of the artifact is damaged",
         place=str(path),
         expected=f"{expected.bytes} bytes as written",
-        found=found,
-        remedy="compile the artifact again",
+        found=instead or found,
+        remedy=remedy or "compile the artifact again",
     )
 
 

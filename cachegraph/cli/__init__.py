@@ -23,6 +23,7 @@ from .compile import compile_model, verify
 from .export import export
 from .options import examples
 from .plan import inspect, show_plan
+from .report import report
 from .sample import sample
 
 
@@ -40,6 +41,7 @@ class _Commands(TyperGroup):
             with warnings.catch_warnings():
                 for category in (DeprecationWarning, FutureWarning):  # torch's, about itself
                     warnings.simplefilter("ignore", category)
+                warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
             raise  # typer reports it
@@ -51,6 +53,10 @@ class _Commands(TyperGroup):
                 traceback.print_exc()
             typer.echo(_message(error), err=True)
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _message(error: Exception) -> str:
@@ -128,6 +134,13 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph inspect digits-fora-n3.cgraph",
         "cachegraph inspect digits-fora-n3.cgraph --diff variant0 variant1",
         "cachegraph inspect DiT-S/2 -s fora-n3 --variant variant1 --dot graph.dot",
+    ),
+    (
+        "report",
+        report,
+        "cachegraph report digits --schedule toca-n3 -o report.html",
+        "cachegraph report digits-fora-n3.cgraph --bench bench.json",
+        "cachegraph report DiT-XL/2 -s toca-n3 --json | jq .cost.total_flops",
     ),
     (
         "verify",

@@ -35,8 +35,11 @@ if TYPE_CHECKING:
     from cachegraph.show.view import View
 
 
+_UNBROKEN = 1_000  # columns of a difference that goes to a file or pipe
+
+
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """A model to look at, as the command line has it; its shapes are enough."""
 
     model: str
@@ -44,6 +47,17 @@ class _Request:
     inputs: Sequence[str]
     input_size: int | None
     disable: Sequence[str]
+
+    def given(self, schedule: str | None) -> list[str]:
+        """The options that go with a model only and were given."""
+        options = {
+            "--schedule": schedule,
+            "--arch": self.arch,
+            "--input": self.inputs,
+            "--input-size": self.input_size,
+            "--disable-pass": self.disable,
+        }
+        return [name for name, value in options.items() if value]
 
     def open(self) -> Source:
         """The model, perhaps without weights."""
@@ -103,7 +117,7 @@ def show_plan(
     from cachegraph.show.picture import overview
     from cachegraph.show.view import plan_data
 
-    request = _Request(model, arch, inputs or (), input_size, disable or ())
+    request = Request(model, arch, inputs or (), input_size, disable or ())
     if counter == "toca":
         _show_toca(request, schedule, batch, as_json)
         return
@@ -114,7 +128,7 @@ def show_plan(
     show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
 
 
-def _show_toca(request: _Request, schedule: str, batch: int | None, as_json: bool) -> None:
+def _show_toca(request: Request, schedule: str, batch: int | None, as_json: bool) -> None:
     """FLOPs as the published code counts them; no graph is rewritten for that."""
     from cachegraph.compiler.counters import count_toca
     from cachegraph.schedule.rows import plan_of
@@ -151,6 +165,10 @@ def inspect(
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw which tokens digits recomputes at each step."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write the report instead: see report --help."),
+    ] = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
@@ -160,17 +178,15 @@ def inspect(
     from cachegraph.show.onnx_files import onnx_files, onnx_report
     from cachegraph.show.view import sites_table
 
-    asked = (bool(diff), sites, bool(variant or dot), bool(tokens))
+    from .report import write_report
+
+    asked = (bool(diff), sites, bool(variant or dot), bool(tokens), bool(html))
     if sum(asked) > 1:
-        raise InputError("--variant with --dot, --diff, --sites and --tokens exclude each other")
-    options = {
-        "--schedule": schedule,
-        "--arch": arch,
-        "--input": inputs,
-        "--input-size": input_size,
-        "--disable-pass": disable,
-    }
-    for_models = [name for name, value in options.items() if value]
+        raise InputError(
+            "--variant with --dot, --diff, --sites, --tokens and --html exclude each other"
+        )
+    request = Request(what, arch, inputs or (), input_size, disable or ())
+    for_models = request.given(schedule)
     if tokens is not None:
         _draw_tokens(what, schedule, tokens, [n for n in for_models if n != "--schedule"])
         return
@@ -179,14 +195,16 @@ def inspect(
             raise InputError("ONNX files take no options", place=what)
         show(*onnx_report(files))
         return
-    request = _Request(what, arch, inputs or (), input_size, disable or ())
+    if html is not None:
+        write_report(request, schedule, html)
+        return
     if is_artifact(what):
-        view, heading = _read(what, for_models)
+        view, heading = read_view(what, for_models)
     elif schedule is None and sites and not disable:
         show(sites_table(request.trace()[0].sites))
         return
     else:
-        view, _, heading = request.build(_needed(schedule, what))
+        view, _, heading = request.build(needed_schedule(schedule, what))
     _show_parts(view, heading, variant, diff, dot, sites)
 
 
@@ -199,17 +217,15 @@ def _show_parts(
     sites: bool,
 ) -> None:
     """What was asked for; else an overview, and what each pass did where that is known."""
-    from cachegraph.graph.text import difference
     from cachegraph.graph.text import dot as graph_dot
+    from cachegraph.show.difference import show_difference
     from cachegraph.show.picture import overview
     from cachegraph.show.view import passes_table, sites_table
 
     if sites:
         show(sites_table(view.plan.sites))
     elif diff:
-        first, second = (view.texts[view.variant(name)] for name in diff)
-        same = f"{diff[0]} and {diff[1]} do not differ\n"
-        typer.echo(same if first == second else difference(first, second, diff), nl=False)
+        show(show_difference(view, *diff), columns=_UNBROKEN)
     elif dot:
         index = view.variant(variant) if variant else 0
         dot.write_text(graph_dot(view.graphs[index]))
@@ -241,7 +257,7 @@ def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[s
     show(f"{path}: a panel a step; orange: recomputed tokens, green frame: everything is computed")
 
 
-def _needed(schedule: str | None, model: str) -> str:
+def needed_schedule(schedule: str | None, model: str) -> str:
     """The schedule; where there is none, says what is missing."""
     from cachegraph.compiler.sources import check_model_file
 
@@ -252,7 +268,7 @@ def _needed(schedule: str | None, model: str) -> str:
     raise InputError(what, place=model, remedy="only --sites does without")
 
 
-def _read(path: str, options: Sequence[str]) -> tuple[View, str]:
+def read_view(path: str, options: Sequence[str]) -> tuple[View, str]:
     """An artifact and what to call it; it goes with no option for models."""
     from cachegraph.artifact.load import load_artifact
     from cachegraph.show.view import choices, view_artifact

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from cachegraph.artifact.artifact import Artifact
+from cachegraph.artifact.data import to_data
 from cachegraph.backends import Progress, check_all, get_backend
 from cachegraph.errors import ModelError
+from cachegraph.graph.provenance import Provenance
 from cachegraph.graph.step_graph import StepGraph
 from cachegraph.graph.text import graph_text
 from cachegraph.model.export import changing
@@ -24,6 +28,8 @@ from cachegraph.schedule.schedule import Schedule, load_schedule
 from .cost import PlanCost, plan_cost
 from .pipeline import PassReport, module_weights, rewrite
 from .program import make_program, named_prologues
+from .provenance import make_provenance
+from .sized import SizedCalls
 
 ScheduleSource = str | Path | Mapping[str, object] | Schedule
 
@@ -42,6 +48,7 @@ class Build:
         weights: name -> tensor, shared by all graphs.
         varying: inputs that were said to differ from step to step.
         disabled: names of exact optimisations that were left out.
+        calls: what is known of calls, for whoever asks for further costs.
     """
 
     traced: TracedModel
@@ -53,6 +60,12 @@ class Build:
     weights: Mapping[str, Tensor]
     varying: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
+    calls: SizedCalls = field(default_factory=SizedCalls, repr=False)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Where the nodes of the graphs come from, and what each costs."""
+        return make_provenance(self.plan, self.graphs, self.reports, self.cost, self.calls)
 
 
 def build(
@@ -101,9 +114,10 @@ def build(
         reports.append(report)
 
     graphs = rewrite(traced, plan, passes=passes, varying=varying, weights=weights, on_pass=on_pass)
-    cost = plan_cost(plan, graphs, traced.module, weights, traced.symbols)
+    calls = SizedCalls()
+    cost = plan_cost(plan, graphs, traced.module, weights, traced.symbols, calls)
     said = tuple(varying), tuple(disable)
-    return Build(traced, asked, plan, graphs, tuple(reports), cost, weights, *said)
+    return Build(traced, asked, plan, graphs, tuple(reports), cost, weights, *said, calls)
 
 
 def compile(
@@ -179,6 +193,7 @@ def assemble(built: Build, backend: str) -> Artifact:
         weights=built.weights,
         backend=backend,
         device=next(iter(built.weights.values())).device,
+        provenance_text=json.dumps(to_data(built.provenance, Provenance)),
     )
 
 

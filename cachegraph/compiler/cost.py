@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from cachegraph.graph.binding import Binding
+from cachegraph.graph.provenance import NodeFlops
 from cachegraph.graph.step_graph import CONSTANT, StepGraph, merge_prologues, request_values
 from cachegraph.plan.cost import PlanCost
 from cachegraph.plan.plan import Plan
@@ -26,6 +27,7 @@ def plan_cost(
     full: fx.GraphModule,
     weights: Mapping[str, Tensor],
     symbols: Mapping[str, int],
+    calls: SizedCalls | None = None,
 ) -> PlanCost:
     """Predict FLOPs and memory of a trajectory.
 
@@ -35,9 +37,10 @@ def plan_cost(
         full: the traced model.
         weights: the weight store.
         symbols: a size for every shape symbol.
+        calls: what is known of calls, for whoever asks further.
     """
-    calls = SizedCalls()
-    counted = [count_flops(step.module, symbols, _token_symbols(step), calls) for step in graphs]
+    calls = calls or SizedCalls()
+    counted = [count_flops(step.module, symbols, token_symbols(step), calls) for step in graphs]
     before = [
         count_flops(step.prologue, symbols, calls=calls).fixed if step.prologue else 0
         for step in graphs
@@ -234,14 +237,29 @@ def count_flops(
             done one by one, so its cost is counted for one and multiplied.
         calls: what is known of calls, to be shared by several graphs.
     """
-    sizes = {**symbols, **dict.fromkeys(token_symbols, 1)}
     fixed, per_token = 0, dict.fromkeys(token_symbols, 0)
-    for node, _, spent in (calls or SizedCalls()).run(module, sizes):
-        for symbol in _symbols_of(node) & per_token.keys() if spent and per_token else ():
-            per_token[symbol] += spent
-            spent = 0
-        fixed += spent
+    for one in node_flops(module, symbols, token_symbols, calls).values():
+        if one.tokens:
+            per_token[one.tokens] += one.count
+        else:
+            fixed += one.count
     return FlopCount(fixed, per_token)
+
+
+def node_flops(
+    module: fx.GraphModule,
+    symbols: Mapping[str, int],
+    token_symbols: Sequence[str] = (),
+    calls: SizedCalls | None = None,
+) -> dict[str, NodeFlops]:
+    """The FLOPs of each node that has any; see :func:`count_flops`."""
+    sizes = {**symbols, **dict.fromkeys(token_symbols, 1)}
+    found = {}
+    for node, _, spent in (calls or SizedCalls()).run(module, sizes):
+        if spent:
+            chosen = _symbols_of(node) & set(token_symbols) if token_symbols else ()
+            found[node.name] = NodeFlops(spent, next(iter(chosen), ""))
+    return found
 
 
 def _symbols_of(node: fx.Node) -> set[str]:
@@ -257,7 +275,8 @@ def _token_inputs(step: StepGraph) -> Iterator[tuple[str, StepConstant]]:
             yield str(node.meta["val"].shape[0]), constant
 
 
-def _token_symbols(step: StepGraph) -> list[str]:
+def token_symbols(step: StepGraph) -> list[str]:
+    """The symbols of numbers of tokens that a graph recomputes."""
     return [symbol for symbol, _ in _token_inputs(step)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cachegraph.errors import VerifyError
 from cachegraph.graph.binding import Binding, model_bindings
+from cachegraph.graph.provenance import modules_in
 from cachegraph.graph.step_graph import ORIGIN, Origin, Pass, Stage, StepGraph, copy_module
 from cachegraph.graph.text import graph_text
 from cachegraph.graph.verify.rules import Given, verify
@@ -32,6 +33,7 @@ class PassReport:
         rewrites: how many it made.
         nodes: nodes before and after.
         seconds: of the pass and its verification.
+        removed: modules that had operations in the graph before it and none after.
     """
 
     variant: str
@@ -39,6 +41,7 @@ class PassReport:
     rewrites: int
     nodes: tuple[int, int]
     seconds: float
+    removed: tuple[str, ...]
 
 
 def rewrite(
@@ -109,6 +112,7 @@ def _rewrite_one(
         shapes=shapes,
     )
     _verified(step, given, "trace", last=not passes)
+    modules = modules_in(step.graph)
     for i, one in enumerate(passes):
         started = time.perf_counter()
         nodes, before = len(step.graph.nodes), given.text
@@ -124,11 +128,10 @@ def _rewrite_one(
                 place=f"pass {one.name}, {variant.name}",
             )
         if on_pass is not None:
-            seconds = time.perf_counter() - started
-            nodes_after = len(step.graph.nodes)
-            on_pass(
-                step, PassReport(variant.name, one.name, rewrites, (nodes, nodes_after), seconds)
-            )
+            seconds, left = time.perf_counter() - started, modules_in(step.graph)
+            counts, gone = (nodes, len(step.graph.nodes)), tuple(sorted(modules - left))
+            on_pass(step, PassReport(variant.name, one.name, rewrites, counts, seconds, gone))
+            modules = left
     step.module.delete_all_unused_submodules()
     step.module.recompile()
     return step

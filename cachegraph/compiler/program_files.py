@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cachegraph.errors import ModelError
+from cachegraph.zoo.checkpoint import refuse_mistaken
 
 _LARGEST = 2**28  # bytes of a JSON file: the graph of a very large model has a tenth of that
 _EXPRESSION = (ast.Call, ast.Name, ast.Constant, ast.keyword, ast.Load, ast.UnaryOp, ast.USub)
@@ -28,6 +29,7 @@ def refuse_code(path: Path) -> None:
     Raises:
         ModelError: the file is no archive, or holds pickles or expressions that are no arithmetic.
     """
+    refuse_mistaken(path)
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():

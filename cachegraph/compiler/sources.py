@@ -24,11 +24,12 @@ from cachegraph.model.inputs import complete, parse_inputs
 from cachegraph.zoo import build_model, load_model
 from cachegraph.zoo.checkpoint import SUFFIXES
 from cachegraph.zoo.recognise import ARCHITECTURES, PRESETS
+from cachegraph.zoo.shards import INDEX, is_weights, weights_files
 
 from .program_files import refuse_code
 
 FORMS = (
-    f"a weights file ({', '.join(SUFFIXES)}), a torch.export program (.pt2), "
+    f"a weights file ({', '.join((*SUFFIXES, INDEX))}), a torch.export program (.pt2), "
     f"a diffusers model folder, module:factory, or a shipped model ({', '.join(PRESETS)})"
 )
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -93,7 +94,9 @@ def model_files(text: str) -> list[Path] | None:
     path = Path(text)
     if text in PRESETS:
         return []
-    return [path] if path.suffix in (*SUFFIXES, ".pt2") and path.is_file() else None
+    files = weights_files(path) if is_weights(path) and path.is_file() else [path]
+    known = is_weights(path) or path.suffix == ".pt2"
+    return files if known and all(file.is_file() for file in files) else None
 
 
 def check_model_file(text: str) -> None:
@@ -103,7 +106,7 @@ def check_model_file(text: str) -> None:
         ModelError: it holds no model.
     """
     path = Path(text)
-    if text in PRESETS or path.suffix in (*SUFFIXES, ".pt2") or not path.is_file():
+    if text in PRESETS or is_weights(path) or path.suffix == ".pt2" or not path.is_file():
         return
     schedule = path.suffix in (".yaml", ".yml")
     raise ModelError(
@@ -124,7 +127,7 @@ def _open(
     text: str, arch: str | None, shapes_only: bool, random_weights: bool, input_size: int | None
 ) -> Source:
     path = Path(text)
-    stored = text in PRESETS or (path.suffix in SUFFIXES and not path.is_dir())
+    stored = text in PRESETS or (is_weights(path) and not path.is_dir())
     if arch is not None and not stored:
         raise ModelError("--arch goes with a weights file only", place=text)
     if input_size is not None and not is_architecture(text):

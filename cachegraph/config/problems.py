@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -22,6 +23,7 @@ from .yaml_lines import KeyPath, Source, dotted
 E = TypeVar("E", bound=CachegraphError)
 
 MAX_SHOWN = 10  # problems in one message
+MAX_COUNTED = 500  # a large file of anything else may have a million
 
 _CUSTOM = "schedule_problem"
 # Pydantic's name of an error: what is wrong, and what was expected of an item of a list; for a key
@@ -109,7 +111,7 @@ def refuse(title: str, problems: Iterable[Problem]) -> None:
             loc=problem.path,
             input=None,
         )
-        for problem in problems
+        for problem in islice(problems, MAX_COUNTED)
     ]
     if details:
         raise ValidationError.from_exception_data(title, details)
@@ -125,7 +127,8 @@ def to_schedule_error(
         model: the model that was to be filled.
         source: where the data came from.
     """
-    details = _without_consequences(error.errors(include_url=False))
+    every = error.errors(include_url=False)
+    details = _without_consequences(every[:MAX_COUNTED])
     problems = [_translate(one, _locate(one["loc"], model)) for one in details]
     problems.sort(key=lambda problem: source.line(problem.path))  # stable
     errors = [one.error(ScheduleError, source.where(one.path)) for one in problems]
@@ -133,7 +136,8 @@ def to_schedule_error(
         return errors[0]
     lines = [str(one) for one in errors[:MAX_SHOWN]]
     if len(errors) > MAX_SHOWN:
-        lines.append(f"... and {len(errors) - MAX_SHOWN} more")
+        least = "at least " if len(every) >= MAX_COUNTED else ""
+        lines.append(f"... and {least}{len(errors) - MAX_SHOWN} more")
     return ScheduleError("\n".join(lines))
 
 

@@ -138,11 +138,14 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
         entry["args"] = [_value_to_json(a, node) for a in node.args]
     if node.kwargs:
         entry["kwargs"] = {k: _value_to_json(v, node) for k, v in node.kwargs.items()}
-    if "val" in node.meta:
-        entry["spec"] = spec_text(node.meta["val"])
-    elif SPEC in node.meta:
-        entry["spec"] = node.meta[SPEC]
+    if spec := spec_of(node):
+        entry["spec"] = spec
     return entry
+
+
+def spec_of(node: fx.Node) -> str:
+    """Shape and dtype of a node's value as text; empty where they are not known."""
+    return spec_text(node.meta["val"]) if "val" in node.meta else str(node.meta.get(SPEC, ""))
 
 
 def _function_name(node: fx.Node) -> str:

@@ -57,9 +57,9 @@ def node_lines(graph: fx.Graph, shapes: Shapes | None = None) -> Iterator[str]:
         if node.op == "get_attr":
             continue
         if node.op == "output":
-            yield "return " + ", ".join(_argument(a) for a in node.args[0])
+            yield "return " + ", ".join(argument_text(a) for a in node.args[0])
             continue
-        line = f"%{node.name} = {_operation(node)}".ljust(_WIDTH)
+        line = f"%{node.name} = {operation_text(node)}".ljust(_WIDTH)
         line = f"{line} {shapes.text(node.meta['val'])}" if "val" in node.meta else line
         if ORIGIN in node.meta:
             line += f"  # {node.meta[ORIGIN]}"
@@ -109,7 +109,7 @@ def dot(step: StepGraph) -> str:
     for node in step.graph.nodes:
         if node.op == "get_attr":
             continue
-        label = "return" if node.op == "output" else f"%{node.name} = {_operation(node)}"
+        label = "return" if node.op == "output" else f"%{node.name} = {operation_text(node)}"
         escaped = label.replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'  "{node.name}" [label="{escaped}"{_colour(node)}];')
         lines += [
@@ -128,7 +128,8 @@ def _colour(node: fx.Node) -> str:
     return ""
 
 
-def _operation(node: fx.Node) -> str:
+def operation_text(node: fx.Node) -> str:
+    """``aten.linear(%x, @fc.weight, @fc.bias)``; of an input, what it is."""
     if node.op == "placeholder":
         if SLOT in node.meta:
             return f'slot "{node.meta[SLOT].name}"'
@@ -138,9 +139,9 @@ def _operation(node: fx.Node) -> str:
             known = node.meta[KNOWN]
             return f'known "{known.name}" per {known.binding.name.lower()}'
         return "input"
-    arguments = [_argument(a) for a in node.args]
+    arguments = [argument_text(a) for a in node.args]
     keywords = node.kwargs.items()
-    arguments += [f"{key}={_argument(value)}" for key, value in keywords if key != "pin_memory"]
+    arguments += [f"{key}={argument_text(value)}" for key, value in keywords if key != "pin_memory"]
     return f"{operation_name(node)}({', '.join(arguments)})"
 
 
@@ -154,11 +155,12 @@ def operation_name(node: fx.Node) -> str:
     return f"{getattr(target, '__module__', '')}.{target.__name__}".removeprefix("_")
 
 
-def _argument(value: Any) -> str:
+def argument_text(value: Any) -> str:
+    """An argument: ``%x``, ``@fc.weight``, ``[1, 2]``."""
     if isinstance(value, fx.Node):
         return f"@{value.target}" if value.op == "get_attr" else f"%{value.name}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_argument(v) for v in value) + "]"
+        return "[" + ", ".join(argument_text(v) for v in value) + "]"
     if isinstance(value, torch.dtype):
         return short_dtype(value)
     if isinstance(value, str):

@@ -246,7 +246,7 @@ def _read_text(path: Path) -> tuple[Any, Source]:
 
 def _where(source: Source, *path: str | int) -> str:
     """``file:line``; JSON has no lines here, so there it is ``file: rows[3]``."""
-    if source.lines:
+    if source.line(()):
         return source.where(path)
     return f"{source.file}: {dotted(path)}" if path else source.file
 

@@ -23,6 +23,7 @@ from .flex import write_out_flex_attention
 from .functional import functional
 from .guards import branches, conditions_of, line_that_fixes
 from .items import Items, batch_of, independent_items, two_items
+from .lines import quiet, untraceable
 from .masks import without_masks
 from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
 from .signature import TIMESTEP_NAMES
@@ -141,7 +142,7 @@ class _Attempt:
         except (TraceError, ReadError):
             raise
         except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
-            return None, f"torch.export: {first_line(error)}"
+            return None, f"torch.export: {_first_line(error)}"
         conditions, reason = _conditions(program, asked, leaves)
         if conditions is None or (reason and batch == 1):
             return None, reason
@@ -184,11 +185,7 @@ class _Attempt:
         except (TraceError, ReadError):
             raise
         except Exception as error:
-            raise TraceError(
-                f"torch.export cannot follow {type(self.model).__name__}",
-                found=first_line(error),
-                remedy="see the chained error for the line of the model",
-            ) from error
+            raise untraceable(self.model, _tensors(arguments), error) from error
         contents = contents_of(reads, _tensors(arguments), rows=False)
         return Exported(program, source, arguments, (), reason, contents, items)
 
@@ -272,7 +269,8 @@ def _export_once(
     shapes = _pytree.tree_map(dims, dict(arguments)) if batch else None
     # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
     given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, dict(arguments))
-    program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
+    with quiet():
+        program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
     return functional(program)
 
 
@@ -304,8 +302,7 @@ def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
 
 
-def first_line(error: BaseException) -> str:
-    """An error in a line."""
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 

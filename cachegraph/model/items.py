@@ -66,7 +66,7 @@ def joined(parts: Sequence[Any]) -> Any:
         return torch.cat(list(parts))
     if isinstance(first, Mapping):
         kind: Any = type(first)
-        return kind((key, joined([part[key] for part in parts])) for key in first)
+        return kind({key: joined([part[key] for part in parts]) for key in first})
     if isinstance(first, list):
         return [one for part in parts for one in part]
     if isinstance(first, tuple):

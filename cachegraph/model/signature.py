@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from cachegraph.errors import SessionError, TraceError, nearest
-from cachegraph.spec import TensorSpec
+from cachegraph.spec import TensorSpec, shown
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "time_step")
 
@@ -243,8 +243,12 @@ def _match(path: str, tree: Tree, value: Any, found: dict[int, Tensor]) -> None:
     match tree:
         case {"tensor": index}:
             if not isinstance(value, Tensor):
+                number = isinstance(value, int | float)
                 raise SessionError(
-                    f"argument {path} is a {type(value).__name__}", expected="a tensor"
+                    f"argument {path} is a {type(value).__name__}",
+                    expected="a tensor",
+                    found=shown(value),
+                    remedy=f"torch.tensor([{value}])" if number else "",
                 )
             found[index] = value
         case {"const": traced}:
@@ -269,14 +273,13 @@ def _match_constant(path: str, traced: Any, value: Any) -> None:
         raise SessionError(
             f"argument {path} differs from the traced one",
             expected=repr(traced),
-            found=type(value).__name__ if isinstance(value, Tensor) else repr(value),
+            found=shown(value),
             remedy="compile the model with this value",
         )
 
 
 def _other_form(path: str, expected: str, value: Any) -> SessionError:
-    found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-    return SessionError(f"argument {path} has another form", expected=expected, found=f"{found}")
+    return SessionError(f"argument {path} has another form", expected=expected, found=shown(value))
 
 
 def _result_tree(out_spec: Any, outputs: Sequence[TensorSpec | None]) -> Tree:

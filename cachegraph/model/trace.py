@@ -20,6 +20,7 @@ from cachegraph.spec import TensorSpec
 from .contents import Contents
 from .export import CHECKS, Exported, export, symbols_of, unknown_sizes
 from .items import Items
+from .lines import line_of_node
 from .signature import CallSignature, call_arguments, make_signature
 from .site import VALUE, Site
 from .sites import find_sites, find_stack
@@ -82,13 +83,13 @@ def trace(
         TraceError: torch.export cannot follow the model, or it changes a buffer.
         SiteError: no site was found.
     """
+    refuse_wrapped(model)
     if model.training:
         raise ModelError(
             f"{type(model).__name__} is in training mode",
             expected="a model for inference",
             remedy="call model.eval() first",
         )
-    refuse_wrapped(model)
     arguments = call_arguments(model, args, kwargs or {})
     with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
@@ -220,6 +221,7 @@ def _refuse_unknown_shape(node: fx.Node) -> None:
         return
     raise TraceError(
         "the model is no graph of tensors whose shapes are known beforehand",
+        place=line_of_node(node),
         found=found,
         remedy="do without .item(), boolean masks and operators that take a function",
     )

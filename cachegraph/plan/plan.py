@@ -74,7 +74,7 @@ class Plan:
         """
         live = [0] * self.steps
         for kept, last in self.last_use.items():
-            nbytes = self._nbytes(kept, symbols)
+            nbytes = self.nbytes(kept, symbols)
             for step in range(kept.made, last):
                 live[step] += nbytes
         return tuple(live)
@@ -92,7 +92,7 @@ class Plan:
         deepest = max(self.history_depths(), default=0)
         live = [0] * self.steps
         for i in range(len(self.sites)):
-            nbytes, made = self._nbytes(Kept(i, 0), symbols), 0
+            nbytes, made = self.nbytes(Kept(i, 0), symbols), 0
             for step, row in enumerate(self.rows):
                 made += makes_value(row[i])
                 live[step] += nbytes * min(made, deepest)
@@ -100,7 +100,7 @@ class Plan:
         for kept in extras.values():  # the first that is made of each
             if kept.part in EXTRAS:
                 for step in range(kept.made, self.steps):
-                    live[step] += self._nbytes(kept, symbols)
+                    live[step] += self.nbytes(kept, symbols)
         return tuple(live)
 
     def history_depths(self) -> tuple[int, ...]:
@@ -111,7 +111,8 @@ class Plan:
                 alive[kept.site][step] += 1
         return tuple(map(max, alive))
 
-    def _nbytes(self, kept: Kept, symbols: Mapping[str, int]) -> int:
+    def nbytes(self, kept: Kept, symbols: Mapping[str, int]) -> int:
+        """Bytes of something that is kept."""
         site = self.sites[kept.site]
         if kept.part in EXTRAS:
             return extra_spec(site, kept.part, self.order_depth).nbytes(symbols)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from cachegraph.errors import SessionError
 from cachegraph.graph.weights import refuse_changed, stamp
 from cachegraph.model.conditions import failed
-from cachegraph.spec import TensorSpec, evaluate
+from cachegraph.spec import TensorSpec
 
 from .cuda_graph import Recorder, Replays, plan_launches
+from .fit import misfit
 from .known import KnownValues, Prologues, StepFunction
 from .program import Made, Program
 from .session import Session
@@ -185,16 +186,13 @@ class Runner(nn.Module):
             for dim, size in zip(spec.shape, tensor.shape, strict=False):
                 if isinstance(dim, str) and dim.isidentifier():
                     sizes.setdefault(dim, size)
-            if _fits(spec, tensor, sizes) and tensor.device.type == self.device.type:
-                continue
-            raise SessionError(
-                f"input {name!r} does not fit the compiled graphs",
-                expected=f"{spec} on {self.device.type}",
-                found=f"{TensorSpec.of(tensor)} on {tensor.device.type}",
-                remedy=""
-                if self.program.batch
-                else "the batch is fixed: compile with example inputs of this size",
-            )
+            if found := misfit(spec, tensor, sizes, self.device, self.program.batch):
+                raise SessionError(
+                    f"input {name!r} does not fit the compiled graphs",
+                    expected=f"{spec} on {self.device.type}",
+                    found=f"{TensorSpec.of(tensor)} on {tensor.device.type}: {found[0]}",
+                    remedy=found[1],
+                )
         if (broken := failed(self.program.conditions, sizes)) is not None:
             raise SessionError(
                 "the model does something else for inputs of these sizes than was compiled",
@@ -244,13 +242,3 @@ class Runner(nn.Module):
             found=f"{probe.dtype} on {probe.device}",
             remedy="load the artifact there: cachegraph.load(path, device=...)",
         )
-
-
-def _fits(spec: TensorSpec, tensor: Tensor, sizes: Mapping[str, int]) -> bool:
-    if tensor.dtype != spec.dtype or tensor.ndim != len(spec.shape):
-        return False
-    try:
-        wanted = [d if isinstance(d, int) else evaluate(d, sizes) for d in spec.shape]
-    except (KeyError, ZeroDivisionError):
-        return False
-    return wanted == list(tensor.shape)

@@ -100,7 +100,8 @@ class Session:
         inputs = signature.flatten(args, kwargs)
         branch = self._branches.get(self._branch_name) or _Branch(runner.known_values())
         self._branches[self._branch_name] = branch
-        position = self._locate(branch, inputs, self._step_index if step is None else step)
+        said = self._step_index if step is None else step
+        position = self._locate(branch, inputs, said)
         shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
         if position.step == 0:
             runner.check_inputs(inputs, self._branch_name)
@@ -123,7 +124,9 @@ class Session:
                 remedy="compile the artifact again",
             ) from error
         branch.position = position
-        latent = runner.tracking.latent
+        latent = (
+            runner.tracking.latent if said is None else None
+        )  # else nothing is to be told by it
         branch.trail = None if latent is None else Trail.of(inputs[latent], outputs)
         return signature.unflatten(outputs, kwargs.get("return_dict"))
 

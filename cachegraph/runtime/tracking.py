@@ -84,7 +84,9 @@ class Tracking:
             if position.step not in (-1, self.steps - 1):
                 what = "a new trajectory begins though the last one ended after "
                 warnings.warn(
-                    f"{what}{position.step + 1} of {self.steps} steps",
+                    f"{what}{position.step + 1} of {self.steps} steps (where timesteps are said, "
+                    "cachegraph.load(..., timesteps=[...]), a sampler of other steps is refused "
+                    "at its first call)",
                     UnfinishedWarning,
                     stacklevel=4,
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from rich.console import Group, RenderableType
@@ -46,11 +46,13 @@ class PictureRow:
         count: how many sites.
         cells: one character a step: a letter where all sites do the same, else a digit: how many
             tenths of them compute.
+        sites: their indices.
     """
 
     label: str
     count: int
     cells: str
+    sites: tuple[int, ...] = field(default=(), compare=False)
 
 
 def letter(action: Action) -> str:
@@ -214,7 +216,7 @@ def token_picture(plan: Plan, width: int) -> Text | None:
         for start in range(0, len(sites), size):
             group = sites[start : start + size]
             cells = "".join(_tenths(plan, group, row) for row in plan.rows)
-            label = _common_name([plan.sites[i].name for i in group])
+            label = common_name([plan.sites[i].name for i in group])
             rows.append(PictureRow(label, len(group), cells))
     drawn = draw(rows, width, _TOKEN_STYLES)
     drawn.append(".", _TOKEN_STYLES["."]).append(" no token   ")
@@ -297,9 +299,10 @@ def _merged(
         groups.setdefault(key, []).append(index)
     return [
         PictureRow(
-            _common_name([sites[i].name for i in group]),
+            common_name([sites[i].name for i in group]),
             len(group),
             "".join(map(_cell, zip(*(cells[i] for i in group), strict=True))),
+            tuple(group),
         )
         for group in groups.values()
     ]
@@ -312,7 +315,7 @@ def _cell(letters: Sequence[str]) -> str:
     return str(min(max(round(10 * computed / len(letters)), 1), 9)) if computed else "0"
 
 
-def _common_name(names: Sequence[str]) -> str:
+def common_name(names: Sequence[str]) -> str:
     """Names that differ in numbers alone as one: ``blocks.0-27.attn``."""
     if len(names) == 1:
         return names[0]

@@ -24,9 +24,9 @@ _COLUMNS = 10  # steps in a row
 _SIDE = 64  # pixels of a step's digit
 _GAP, _HEAD = 4, 12  # pixels between steps, and above each for its number
 _TINT = torch.tensor([255.0, 120.0, 0.0])  # of a token that all sites recompute
-_LABEL, _SEED = 3, 0  # what is sampled
+LABEL, SEED = 3, 0  # what is sampled
 _CAPTION = (
-    f"Digit {_LABEL}, seed {_SEED}: which tokens are recomputed at each step\n"
+    f"Digit {LABEL}, seed {SEED}: which tokens are recomputed at each step\n"
     "orange: recomputed, the stronger the more sites do it; green frame: everything is computed"
 )
 _WHOLE = torch.tensor([0.0, 150.0, 80.0])  # of a step that computes everything
@@ -100,7 +100,7 @@ def write_token_map(model: nn.Module, schedule: ScheduleSource, path: Path) -> N
     check_image_path(path)
     from PIL import Image, ImageDraw
 
-    image, shares, plan = token_shares(model, schedule, _LABEL, _SEED)
+    image, shares, plan = token_shares(model, schedule, LABEL, SEED)
     lines = -(-plan.steps // _COLUMNS)
     high, wide = _SIDE + _HEAD + _GAP, _SIDE + _GAP
     above = 2 * _HEAD + 3 * _GAP  # for the caption

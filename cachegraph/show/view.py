@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.table import Table
+from torch import fx
 
 from cachegraph.artifact.artifact import Artifact
 from cachegraph.compiler.compile import Build
 from cachegraph.compiler.cost import PlanCost, plan_cost
 from cachegraph.compiler.pipeline import PassReport
+from cachegraph.compiler.program import interface_of, named_prologues
 from cachegraph.errors import InputError, nearest
 from cachegraph.graph.binding import Binding
-from cachegraph.graph.interface import Role
+from cachegraph.graph.interface import Interface, Role
 from cachegraph.graph.step_graph import CONSTANT, SLOT, Stage, StepGraph
 from cachegraph.graph.text import graph_text
 from cachegraph.model.signature import CallSignature
 from cachegraph.model.site import Site
 from cachegraph.plan.plan import Plan
-from cachegraph.plan.slot import Slot
+from cachegraph.plan.slot import ConstantKind, Slot
+from cachegraph.plan.variant import Variant
 
+from .fold import Folding
 from .picture import letter, plain_table
 
 
@@ -37,6 +42,9 @@ class View:
         graphs: the lowered graph of each variant.
         texts: the graphs as text.
         reports: what each pass did; empty for an artifact.
+        interfaces: what each graph takes and returns.
+        prologues: the graphs that compute what is known beforehand, by name.
+        source: what is looked at.
     """
 
     plan: Plan
@@ -46,6 +54,37 @@ class View:
     graphs: tuple[StepGraph, ...]
     texts: tuple[str, ...]
     reports: tuple[PassReport, ...]
+    interfaces: tuple[Interface, ...]
+    prologues: Mapping[str, fx.GraphModule]
+    source: Build | Artifact
+
+    @property
+    def schedule_text(self) -> str:
+        """What was asked for, as YAML."""
+        source = self.source
+        return source.schedule_text if isinstance(source, Artifact) else source.schedule.to_yaml()
+
+    @cached_property
+    def folding(self) -> Folding:
+        """The graphs of variants and prologues, folded."""
+        graphs = {step.variant.name: step.graph for step in self.graphs}
+        graphs |= {name: module.graph for name, module in self.prologues.items()}
+        return Folding(graphs, self.source.provenance)
+
+    def tokens(self, step: int) -> dict[str, int]:
+        """Symbol -> how many tokens a step recomputes."""
+        index = self.plan.variant_of[step]
+        kinds = {constant.name: constant for constant in self.plan.variants[index].constants}
+        return {
+            str(port.spec.shape[0]): len(kinds[port.name].values[step])
+            for port in self.interfaces[index].constants
+            if kinds[port.name].kind is ConstantKind.TOKENS
+        }
+
+    def mean_tokens(self, variant: Variant) -> dict[str, float]:
+        """Symbol -> how many tokens the steps of a variant recompute on average."""
+        counts = [self.tokens(step) for step in variant.steps]
+        return {name: sum(one[name] for one in counts) / len(counts) for name in counts[0]}
 
     def variant(self, name: str) -> int:
         """Index of the variant of that name.
@@ -82,7 +121,18 @@ def view_build(built: Build, batch: int | None = None) -> View:
         cost = plan_cost(built.plan, built.graphs, traced.module, built.weights, symbols)
     texts = tuple(map(graph_text, built.graphs))
     said = _batch_text(traced.signature, traced.batch, cost)
-    return View(built.plan, cost, traced.batch, said, built.graphs, texts, built.reports)
+    return View(
+        built.plan,
+        cost,
+        traced.batch,
+        said,
+        built.graphs,
+        texts,
+        built.reports,
+        tuple(map(interface_of, built.graphs)),
+        named_prologues(built.graphs),
+        built,
+    )
 
 
 def view_artifact(artifact: Artifact) -> View:
@@ -91,7 +141,11 @@ def view_artifact(artifact: Artifact) -> View:
     plan = program.plan
     graphs = tuple(_step_graph(artifact, plan, index) for index in range(len(plan.variants)))
     said = _batch_text(program.signature, program.batch, program.cost)
-    return View(plan, program.cost, program.batch, said, graphs, artifact.texts, ())
+    interfaces = tuple(layout.interface for layout in program.variants)
+    texts, prologues = artifact.texts, artifact.prologues
+    return View(
+        plan, program.cost, program.batch, said, graphs, texts, (), interfaces, prologues, artifact
+    )
 
 
 def choices(varying: Sequence[str], disabled: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -14,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cachegraph.downloads import mistaken
 from cachegraph.errors import ModelError
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 NESTED_KEYS = ("ema", "model", "state_dict")  # in order of preference: averages sample better
 SHOWN_NAMES = 5
 
@@ -41,7 +43,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     Tensors are mapped from disk where the format allows it, so reading takes no second copy.
 
     Args:
-        path: ends in one of ``SUFFIXES``; ``.pt`` and ``.pth`` are what ``torch.save`` wrote: a
+        path: ends in one of ``SUFFIXES``; all but ``.safetensors`` are what ``torch.save`` wrote: a
             state dict, plain or under one of ``NESTED_KEYS``.
 
     Returns:
@@ -52,9 +54,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """
     if not path.is_file():
         raise ModelError("there is no such weights file", place=str(path))
+    refuse_mistaken(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _unnest(read_pickle(path), path), {}
+
+
+def refuse_mistaken(path: Path) -> None:
+    """Refuse a file that something else was downloaded to.
+
+    Raises:
+        ModelError: says what it is, and how to get the file itself.
+    """
+    found, remedy = mistaken(path)
+    if found:
+        raise ModelError("not a readable model file", place=str(path), found=found, remedy=remedy)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -76,7 +90,8 @@ def read_pickle(path: Path) -> object:
     """
     try:
         # published training scripts keep their command line, a Namespace, beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about versions of pickle
             # the format before torch 1.6 is no zip archive and cannot be mapped
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -86,7 +101,9 @@ def read_pickle(path: Path) -> object:
             raise ModelError(
                 "not a readable weights file",
                 place=str(path),
-                found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                found=_what_failed(error),
+                remedy="load it with the code that wrote it and save only its weights: "
+                "torch.save(model.state_dict(), 'weights.pt')",
             ) from error
         raise ModelError(
             "the file holds pickled Python objects, which can run code when they are read",
@@ -96,6 +113,18 @@ def read_pickle(path: Path) -> object:
             remedy="where you trust the file, load it with the code that wrote it and save only "
             "its weights: torch.save(model.state_dict(), 'weights.pt')",
         ) from error
+
+
+def _what_failed(error: Exception) -> str:
+    """What torch says, but for its advice to run whatever code the file brings along."""
+    text = str(error)
+    for form in ("TorchScript", ".tar"):
+        if form in text:
+            return f"an archive of another kind ({form})"
+    reason = re.search(r"WeightsUnpickler error:\s*(.*)", text)
+    if reason is None and "weights_only" not in text:
+        reason = re.search(r"(.*)", text)
+    return f"{type(error).__name__}: {reason[1]}" if reason and reason[1] else type(error).__name__
 
 
 def _unnest(content: object, path: Path) -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ from torch import nn
 
 from cachegraph.errors import ModelError, nearest
 
-from .checkpoint import SUFFIXES, list_names, read_tensors
+from .checkpoint import SUFFIXES, list_names
 from .digits import load_digits_model
 from .families import ARCHITECTURES, Architecture, Options, Shapes
+from .prefixes import without_prefix
+from .shards import INDEX, is_weights, read_weights
 
 PRESETS = {"digits": load_digits_model}
 
@@ -28,9 +30,10 @@ def load_model(
     Any other width without either is refused, for a guess would give wrong images.
 
     Args:
-        path: ``.pt``, ``.pth`` or ``.safetensors`` file with a state dict, plain or under the
-            key ``ema``, ``model`` or ``state_dict`` (the first of these that is there); or the
-            name of a shipped model: ``digits``.
+        path: ``.pt``, ``.pth``, ``.bin`` or ``.safetensors`` file with a state dict, plain or under
+            the key ``ema``, ``model`` or ``state_dict`` (the first of these that is there); the
+            ``.index.json`` of several; or the name of a shipped model: ``digits``. Names may begin
+            with what the model was an attribute of, such as ``module.``.
         arch: what the weights must be: a published size (``"DiT-XL/2"``), or single values that
             the shapes do not tell (``"DiT(num_heads=4)"``). None recognises them.
         device: where the weights are put.
@@ -42,6 +45,9 @@ def load_model(
     Raises:
         ModelError: the file cannot be read or holds more than weights, the architecture is
             unknown, or a key is missing, unknown or of another shape.
+
+    Warns:
+        UserWarning: what was left out of the names.
     """
     if (preset := PRESETS.get(str(path))) is not None:
         if arch is not None:
@@ -49,9 +55,10 @@ def load_model(
             raise ModelError(what, expected="arch left out", found=f"arch={arch!r}")
         return preset(device)
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if not is_weights(path):
         raise _no_weights_file(path)
-    state, metadata = read_tensors(path)
+    read, metadata = read_weights(path)
+    state = without_prefix(read, {known.marks[0] for known in ARCHITECTURES}, path)
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     options: Options = {}
     if arch is None:
@@ -145,9 +152,10 @@ def _no_weights_file(path: Path) -> ModelError:
     remedy = nearest(name, PRESETS)
     if any(name in architecture.sizes for architecture in ARCHITECTURES):
         remedy = f"build_model({name!r}) makes one with random weights"
+    names, shipped = ", ".join((*SUFFIXES, INDEX)), ", ".join(PRESETS)
     return ModelError(
         f"{name!r} is no weights file",
-        expected=f"a name in {', '.join(SUFFIXES)}, or a shipped model ({', '.join(PRESETS)})",
+        expected=f"a name in {names}, or a shipped model ({shipped})",
         remedy=remedy,
     )
 

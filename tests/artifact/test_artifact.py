@@ -167,6 +167,7 @@ def replaced(path: Path, old: str, new: str) -> None:
 
 
 GRAPH = "graphs/variant1.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n"
 DAMAGED = "a file of the artifact is damaged; expected "
 REMOVE = Path.unlink
 MANIFEST = "manifest.json"
@@ -185,6 +186,8 @@ MANIFEST = "manifest.json"
         (MANIFEST, REMOVE, "not an artifact, or one whose writing was interrupted; expected"),
         (MANIFEST, truncated, "the manifest is damaged; found JSONDecodeError"),
         (MANIFEST, lambda p: p.write_text("[]"), "the manifest is damaged; found TypeError"),
+        (MANIFEST, lambda p: p.write_text(POINTER), "found a git-lfs pointer, which stands for"),
+        ("weights.safetensors", lambda p: p.write_text(POINTER), "fetch the file itself: git lfs"),
         (MANIFEST, lambda p: p.write_bytes(b"\xff\0"), "the manifest is damaged; found Uni"),
         (MANIFEST, lambda p: replaced(p, '"eager"', '"aeger"'), "the manifest was changed"),
         (MANIFEST, lambda p: replaced(p, '"sha256"', '"sha265"'), "the manifest was changed"),

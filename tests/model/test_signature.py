@@ -137,12 +137,16 @@ def test_it_survives_json() -> None:
             "unknown argument 'sclae'; expected guidance, mode, pair, parts, return_dict, scale, "
             "t, x; did you mean 'scale'?",
         ),
-        ((X, 3), {"parts": {"a": A}}, "argument t is a int; expected a tensor"),
+        (
+            (X, 3),
+            {"parts": {"a": A}},
+            "argument t is a int; expected a tensor; found 3; torch.tensor([3])",
+        ),
         ((X, None), {"parts": {"a": A}}, "argument t is a NoneType; expected a tensor"),
         (
             (X, T, A),
             {"parts": {"a": A}},
-            "argument guidance differs from the traced one; expected None; found Tensor; "
+            "argument guidance differs from the traced one; expected None; found f32[2, 3]; "
             "compile the model with this value",
         ),
         (
@@ -161,14 +165,19 @@ def test_it_survives_json() -> None:
             (X, T),
             {"parts": {"a": A, "c": B}},
             "argument parts has another form; expected a dict with the keys ['a']; "
-            "found ['a', 'c']",
+            "found {'a': f32[2, 3], 'c': f32[2, 3]}",
         ),
         (
             (X, T),
             {"parts": [A]},
-            "argument parts has another form; expected a dict with the keys ['a']; found list",
+            "argument parts has another form; expected a dict with the keys ['a']; "
+            "found [f32[2, 3]]",
         ),
-        ((X, T), {"parts": {"a": [A]}}, "argument parts.a is a list; expected a tensor"),
+        (
+            (X, T),
+            {"parts": {"a": [A]}},
+            "argument parts.a is a list; expected a tensor; found [f32[",
+        ),
     ],
 )
 def test_call_that_does_not_fit(args: tuple, kwargs: dict[str, Any], message: str) -> None:
@@ -177,9 +186,10 @@ def test_call_that_does_not_fit(args: tuple, kwargs: dict[str, Any], message: st
 
 def test_list_of_another_length() -> None:
     signature = signed(X, T, pair=[A, B])
-    message = "argument pair has another form; expected 2 values; found list"
+    message = "argument pair has another form; expected 2 values; found [f32[2, 3]]"
     assert refused(signature, X, T, pair=[A]) == message
-    assert refused(signature, X, T, pair=[A, 3]) == "argument pair[1] is a int; expected a tensor"
+    message = "argument pair[1] is a str; expected a tensor; found 'b'"
+    assert refused(signature, X, T, pair=[A, "b"]) == message
 
 
 def test_a_constant_without_a_default_has_to_be_said() -> None:

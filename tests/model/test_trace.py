@@ -177,9 +177,7 @@ class Counted(Base):
         (Counted(), "item by item: torch.export: TypeError: the batch must be a", 1),
     ],
 )
-def test_batch_is_fixed_where_the_model_fixes_it(
-    model: nn.Module, reason: str, batch: int
-) -> None:
+def test_batch_is_fixed_where_the_model_fixes_it(model: nn.Module, reason: str, batch: int) -> None:
     found = traced(model, X, T)
     assert found.batch is None
     assert found.fixed_batch_reason.startswith(reason)

@@ -187,6 +187,19 @@ def test_the_step_index_of_a_context_is_used(compiled: Compiled) -> None:
         refused(lambda: run(*dit_steps(1)[0]), "step 2 is out of order")
 
 
+def test_a_step_that_is_said_copies_no_latent(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = compiled.artifact().runner()
+    made: list[Tensor] = []
+    monkeypatch.setattr(Trail, "of", classmethod(lambda _, latent, __: made.append(latent)))
+    for step, time in enumerate(TIMES):
+        run(noise(0), torch.full((2,), time), LABELS, step=step)
+    assert not made
+    run(noise(0), torch.full((2,), TIMES[0]), LABELS)
+    assert len(made) == 1
+
+
 def test_a_context_of_another_number_of_steps_is_refused(compiled: Compiled) -> None:
     run = compiled.runner()
 

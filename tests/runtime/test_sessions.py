@@ -295,9 +295,16 @@ def test_inputs_that_change_in_mid_trajectory(
 
 def test_inputs_that_never_fitted(run: cg.Runner) -> None:
     x, t, y = image(1)[0]
-    for wrong in (x.double(), x[..., :6], x[0], x.to("meta")):
-        refused(lambda x=wrong: run(x, t, y), "input 'x' does not fit the compiled graphs")
+    for wrong, remedy in (
+        (x.double(), "another dtype; cast it: .to(torch.float32), or compile the model in torch.f"),
+        (x[..., :6], "axis 3 is 6 instead of 8; sizes are fixed, but for the batch: compile with"),
+        (x[0], "3 dimensions instead of 4; give it as it was traced"),
+        (x.to("meta"), "another device; move it: .to('cpu'), or load the artifact there"),
+    ):
+        refused(lambda x=wrong: run(x, t, y), "input 'x' does not fit the compiled graphs", remedy)
     refused(lambda: run(x, t, y[:1]), "input 'y' does not fit", "expected i64[", "found i64[1]")
+    refused(lambda: run(x, t, y[:1]), "axis 0 is 1 instead of 2 (s", "give all inputs the same b")
+    refused(lambda: run(x, t.float(), y), "cast it: .to(torch.int64)")
 
 
 # --- failures and memory

@@ -139,9 +139,11 @@ def test_what_is_no_schedule_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert fails("large.yaml") == (
         "large.yaml: the file is too large for a schedule; expected at most 10 MiB"
     )
-    assert fails("latin.yaml") == "latin.yaml:2: the file is not UTF-8 text; found byte 0xe9"
+    assert fails("latin.yaml") == (
+        "latin.yaml:2: the file is not UTF-8 text; found byte 0xe9; save it as UTF-8"
+    )
     assert fails("bell.yaml") == (
-        "bell.yaml:2: not YAML at column 7: special characters are not allowed"
+        "bell.yaml:2: not YAML at column 7: special characters are not allowed; found U+0007"
     )
     assert fails("deep.yaml") == ("deep.yaml: nested too deeply, or an alias that contains itself")
     assert fails("digits.yaml") == f"digits.yaml:1: cannot be read as int; found {'9' * 60}"

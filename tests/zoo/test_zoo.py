@@ -40,7 +40,7 @@ def recognised(
     device: str = "meta",
     **metadata: str,
 ) -> DiT:
-    monkeypatch.setattr(recognise, "read_tensors", lambda path: (state, metadata))
+    monkeypatch.setattr(recognise, "read_weights", lambda path: (state, metadata))
     return load_model("weights.safetensors", device=device)
 
 
@@ -310,7 +310,7 @@ def test_truncated_files_are_refused(tmp_path: Path, tiny: DiT) -> None:
     [
         ("digit", "no weights file.*did you mean 'digits'"),
         ("DiT-XL/2", r"no weights file.*build_model\('DiT-XL/2'\)"),
-        ("weights.bin", r"expected a name in \.pt, \.pth, \.safetensors"),
+        ("weights.ckpt", r"expected a name in \.pt, \.pth, \.safetensors"),
         ("missing.pt", r"missing\.pt: there is no such weights file"),
     ],
 )

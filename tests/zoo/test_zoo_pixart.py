@@ -40,7 +40,7 @@ def on_meta(**sizes: Any) -> dict[str, Tensor]:
 def recognised(
     monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor], **metadata: str
 ) -> PixArt:
-    monkeypatch.setattr(recognise, "read_tensors", lambda path: (state, metadata))
+    monkeypatch.setattr(recognise, "read_weights", lambda path: (state, metadata))
     return load_model("weights.safetensors", device="meta")
 
 

@@ -1,0 +1,1 @@
+"""A report on a compiled loop: one HTML file, or the same data as JSON."""
