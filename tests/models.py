@@ -288,11 +288,10 @@ def trajectory(config: Mapping[str, Any], steps: int, *, seed: int = 0) -> Itera
 
 def _of_items(entry: Mapping[str, Any], batch: int, factor: Fraction) -> Mapping[str, Any]:
     """A list of one entry an item, for another batch; tensors in it are of one item each."""
-    match entry:
-        case {"list": [*children]} if len(
-            children
-        ) == batch and '"batch_dims": [0' not in json.dumps(children):
-            return {"list": [children[i % batch] for i in range(int(batch * factor))]}
+    children = entry.get("list", [])
+    own = len(children) == batch and not any("py" in child for child in children)
+    if own and '"batch_dims": [0' not in json.dumps(children):
+        return {"list": [children[i % batch] for i in range(int(batch * factor))]}
     return entry
 
 

@@ -115,14 +115,14 @@ def independent_items(model: nn.Module, arguments: Mapping[str, Any]) -> Items |
     rows = [path for path, leaf in leaves.items() if leaf.shape[0] == batch]
     vectors = [path for path in rows if leaves[path].ndim == 1]
     lists = tuple(n for n, v in arguments.items() if isinstance(v, list) and len(v) == batch)
-    choices = [Items(tuple(p for p in rows if p.partition(".")[0] not in lists), lists)]
-    # Vectors as long as the batch may be something else: positions of two frames.
-    # Most are tried first: one that is of an item each does not fit the other inputs then.
-    choices += [
-        Items(tuple(path for path in rows if path not in others), ())
+    # Vectors as long as the batch may be something else: positions of two frames. Most are tried
+    # first: one that is of an item each does not fit the other inputs then.
+    choices = (
+        Items(tuple(p for p in rows if p not in others and p.partition(".")[0] not in cut), cut)
+        for cut in dict.fromkeys((lists, ()))
         for count in reversed(range(min(len(vectors), _MOST_VECTORS) + 1))
         for others in combinations(vectors, count)
-    ]
+    )
     given = dict(arguments)
     whole = model(**_copied(given))
     return next(

@@ -171,14 +171,14 @@ def _attention(
         raise NotImplementedError("attention with dropout")
     if enable_gqa:
         key, value = _for_all_heads(key, query), _for_all_heads(value, query)
-    if is_causal:
-        attn_mask = _not_later(query, key)
     rank = len(query.shape)
     swapped = (*range(rank - 2), rank - 1, rank - 2)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     products = op.MatMul(op.Mul(query, _number(factor, query)), op.Transpose(key, perm=swapped))
+    if is_causal:
+        attn_mask = _not_later(query, key)
     if attn_mask is not None:
-        if attn_mask.dtype == ir.DataType.BOOL:
+        if is_causal or attn_mask.dtype == ir.DataType.BOOL:
             zero, least = _number(0.0, query), _number(float("-inf"), query)
             attn_mask = op.Where(attn_mask, zero, least)
         products = op.Add(products, attn_mask)

@@ -21,6 +21,7 @@ from cachegraph.spec import TensorSpec
 aten = torch.ops.aten
 Pair = tuple[Any, Any]  # real and imaginary part: nodes, or tuples of nodes
 
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 # What does to each part what it does to the number.
 _PARTWISE = {
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default),
@@ -78,6 +79,8 @@ def in_real_numbers(module: fx.GraphModule) -> fx.GraphModule:
     copied = copy_module(module)
     form = _Form(copied, fx.Graph())
     for node in copied.graph.nodes:
+        if node.target in _VIEWS:  # the parts may lie in memory otherwise
+            node.target = aten.reshape.default
         form.add(node)
     return fx.GraphModule(copied, form.graph)
 
