@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .compiler.compile import compile
     from .errors import CachegraphError
     from .oracle.reference import ReferenceRunner
+    from .pipelines.accelerate import accelerate, accelerated, restore, summary
     from .runtime.runner import Runner
     from .runtime.session import Session
     from .schedule.schedule import Schedule, load_schedule, presets
@@ -26,11 +27,15 @@ __all__ = [
     "Runner",
     "Schedule",
     "Session",
+    "accelerate",
+    "accelerated",
     "compile",
     "load",
     "load_model",
     "load_schedule",
     "presets",
+    "restore",
+    "summary",
 ]
 
 # Imported when asked for: torch takes over a second, and running an artifact needs no models.
@@ -41,11 +46,15 @@ _MODULES = {
     "Runner": "runtime.runner",
     "Schedule": "schedule.schedule",
     "Session": "runtime.session",
+    "accelerate": "pipelines.accelerate",
+    "accelerated": "pipelines.accelerate",
     "compile": "compiler.compile",
     "load": "artifact.load",
     "load_model": "zoo",
     "load_schedule": "schedule.schedule",
     "presets": "schedule.schedule",
+    "restore": "pipelines.accelerate",
+    "summary": "pipelines.accelerate",
 }
 
 

@@ -37,7 +37,7 @@ class CachegraphError(Exception):
             text += f"; found {self.found}"
         if self.remedy:
             text += f"; {self.remedy}"
-        return text
+        return printable(text)
 
 
 class InputError(CachegraphError):
@@ -88,6 +88,21 @@ class TooManyCallsError(SessionError):
 
 class UnfinishedWarning(UserWarning):
     """A trajectory that ended before the schedule's last step."""
+
+
+def printable(text: str) -> str:
+    """A text that any terminal can show: what is no character, or steers it, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a device; torch has no one error for it."""
+    kind = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return kind or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,9 +15,11 @@ from contextlib import contextmanager, suppress
 from errno import EEXIST, ENOTEMPTY
 from pathlib import Path
 
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, InputError, out_of_memory
 
 _ANOTHER = "choose another path"
+_NO_SPACE = "free some space, or choose another path"
+_NO_MEMORY = "end other programs, or use a machine with more of it"
 _LINUX = sys.platform == "linux"
 _HERE, _EXCHANGE = -100, 2  # of renameat2: relative to the current folder; exchange both
 
@@ -29,8 +31,18 @@ def cache_folder(name: str) -> Path:
 
     Args:
         name: of the folder in it, which need not exist; :func:`make_folder` makes it.
+
+    Raises:
+        InputError: nobody said where, and there is no home folder.
     """
-    root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
+    try:
+        root = os.environ.get("CACHEGRAPH_CACHE") or Path.home() / ".cache" / "cachegraph"
+    except RuntimeError as error:
+        raise InputError(
+            "there is no home folder to keep compiled graphs in",
+            found=str(error),
+            remedy="set CACHEGRAPH_CACHE to a folder of yours",
+        ) from error
     return Path(root) / name
 
 
@@ -107,10 +119,34 @@ def written_whole(target: Path) -> Iterator[Path]:
             "the output cannot be written",
             place=str(error.filename or target),
             found=error.strerror or str(error),
-            remedy="free some space, or choose another path",
+            remedy=_NO_SPACE,
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ArtifactError(
+            "not enough memory to write the output", place=str(target), remedy=_NO_MEMORY
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with writing to a file or folder is told with its path.
+
+    Raises:
+        InputError: writing failed, such as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "cannot be written",
+            place=str(error.filename or path),
+            found=error.strerror or str(error),
+            remedy=_NO_SPACE,
+        ) from error
 
 
 def _problem(folder: Path) -> str:

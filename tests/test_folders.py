@@ -8,10 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from cachegraph import folders
 from cachegraph.errors import ArtifactError, InputError
-from cachegraph.folders import cache_folder, make_folder, refuse_foreign, written_whole
+from cachegraph.folders import (
+    cache_folder,
+    make_folder,
+    refuse_foreign,
+    writing,
+    written_whole,
+)
 
 WRITERS = 4
 
@@ -115,3 +122,44 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/nnn.*found File name too long; choose"):
         make_folder(tmp_path / ("n" * 300), "choose another path")
     assert os.listdir(tmp_path) == []
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CACHEGRAPH_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    with pytest.raises(InputError, match=r"no home folder .*; set CACHEGRAPH_CACHE to a folder of"):
+        cache_folder("aoti")
+
+
+def write_text(path: Path) -> None:
+    with writing(path):
+        path.write_text("x")
+
+
+def write_through(target: Path, link: Path) -> None:
+    with written_whole(target) as folder:
+        (folder / "file").symlink_to(link)
+        (folder / "file").write_text("x")
+
+
+def run_out_of_memory(target: Path) -> None:
+    with written_whole(target):
+        torch.empty(2**55)
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path: Path) -> None:
+    full, target = Path("/dev/full"), tmp_path / "out"
+    if not full.exists():
+        pytest.skip("no /dev/full")
+    with pytest.raises(InputError, match=r"^/dev/full: cannot be written; found No space left on"):
+        write_text(full)
+    with pytest.raises(ArtifactError, match=f"{target}: .* found No space left on device; free"):
+        write_through(target, full)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_memory_is_told_with_the_path(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"{tmp_path}/out: not enough memory to write"):
+        run_out_of_memory(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

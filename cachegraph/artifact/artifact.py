@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from cachegraph.backends import AheadOfTime, Progress, check_all, get_backend
 from cachegraph.backends.named import named_graphs
 from cachegraph.errors import ArtifactError
-from cachegraph.folders import refuse_foreign, written_whole
+from cachegraph.folders import refuse_foreign, writing, written_whole
 from cachegraph.graph.provenance import NOTHING, Provenance
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import (
@@ -30,9 +30,9 @@ from cachegraph.graph.weights import (
     Stamp,
     distinct,
     refuse_changed,
+    relink,
     save_weights,
     stamp,
-    tensor_digests,
 )
 from cachegraph.runtime.cuda_graph import recorders
 from cachegraph.runtime.known import Prologues, StepFunction
@@ -137,6 +137,7 @@ class Artifact:
         backend: str | None = None,
         timesteps: Sequence[float] | None = None,
         cuda_graphs: bool = False,
+        functions: Sequence[StepFunction] | None = None,
     ) -> Runner:
         """A callable with the traced model's signature.
 
@@ -145,6 +146,7 @@ class Artifact:
             backend: another backend than the artifact was compiled for.
             timesteps: the sampler's, in place of the schedule's; see :class:`Runner`.
             cuda_graphs: record each step's kernels once and launch them all at once.
+            functions: of a runner of the same graphs, to use again.
 
         Raises:
             BackendError: unknown backend, or one whose work cannot be recorded.
@@ -155,11 +157,21 @@ class Artifact:
         chosen = get_backend(backend or self.backend)
         recorder = recorders(self.device, chosen.name) if cuda_graphs else None
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
-        functions = self.functions(backend)
+        functions = self.functions(backend) if functions is None else functions
         place = str(next(iter(self.saved), ""))
         return Runner(
             self.program, functions, self.weights, track, prologues, timesteps, recorder, place
         )
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Artifact:
+        """The same loop, whose graphs take other tensors from now on.
+
+        Args:
+            weights: of the same names, shapes and dtypes.
+        """
+        for module in (*self.graphs, *self.prologues.values()):
+            relink(module, weights)
+        return replace(self, weights=weights)
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.
@@ -215,7 +227,8 @@ class Artifact:
             return
         folder = Path(tempfile.mkdtemp(prefix="cachegraph-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._emit(chosen, folder, progress)
+        with writing(folder):
+            self._emit(chosen, folder, progress)
         self.compiled[chosen.name] = folder
 
     def _emit(self, backend: AheadOfTime, folder: Path, progress: Progress) -> None:
@@ -251,7 +264,7 @@ class Artifact:
         # First, for it needs the memory that weights take which are mapped and were not read yet.
         self._write_compiled(folder / COMPILED / self.backend, progress)
         stored, aliases = distinct(self.weights)
-        save_weights(stored, folder / WEIGHTS_FILE)
+        digests = save_weights(stored, folder / WEIGHTS_FILE)
         (folder / SCHEDULE).write_text(self.schedule_text)
         (folder / GRAPHS).mkdir()
         names = [layout.name for layout in self.program.variants]
@@ -267,7 +280,7 @@ class Artifact:
             torch=torch.__version__.split("+")[0],
             backend=self.backend,
             files={str(p.relative_to(folder)): record(p) for p in files},
-            weights=tensor_digests(folder / WEIGHTS_FILE),
+            weights=digests,
             aliases=aliases,
             program=self.program,
             made_from=origin.digest if origin is not None and origin.unchanged() else None,

@@ -67,7 +67,7 @@ def find_origin(
         return None
     given = [*read, *schedule.policy.files().values()]
     files = {file: _state(file) for file in given}
-    code, surroundings = _surroundings()
+    code, around = surroundings()
     if any(max(state[:2]) / 1e9 > BEGAN - _CLOCK for state in code.values()):
         return None  # what was imported may be an older version of it
     described = {
@@ -75,14 +75,14 @@ def find_origin(
         "schedule": schedule.to_yaml(),
         "options": dict(options),
         "given": [content_digest(file) for file in given],
-        **surroundings,
+        **around,
     }
     text = json.dumps(described, sort_keys=True)
     return Origin(hashlib.sha256(text.encode()).hexdigest(), {**files, **code})
 
 
 @cache  # a process goes on with the code that it imported
-def _surroundings() -> tuple[Mapping[Path, State], Mapping[str, object]]:
+def surroundings() -> tuple[Mapping[Path, State], Mapping[str, object]]:
     """The files of the package as they were before they were read; all that nobody asks for."""
     files = {file: _state(file) for file in sorted(_code())}
     metadata = [one.metadata for one in distributions()]

@@ -17,6 +17,7 @@ from torch import nn
 
 from cachegraph.calibrate.plot import check_plot_path, figure_class
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 from cachegraph.show.picture import amount, plain_table, plural, size
 
 from .result import UNCACHED, Compared, Measured, Memory, Spread
@@ -270,7 +271,8 @@ def plot_steps(found: Sequence[Measured], path: Path, title: str) -> None:
         one_panel.grid(visible=True, alpha=0.3)
     figure.suptitle(title)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
 
 
 def _look(one: Measured, index: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from cachegraph.errors import InputError, ScheduleError, nearest
+from cachegraph.folders import writing
 from cachegraph.plan.action import Forecast
 from cachegraph.schedule.rows import make_rows
 from cachegraph.schedule.schedule import Schedule, load_schedule
@@ -224,12 +225,8 @@ def _check_sampler(model: str, sampler: str | None) -> None:
 
 
 def _write(schedule: Schedule, out: Path, what: str) -> None:
-    try:
+    with writing(out):
         out.write_text(f"# {what}\n{schedule.to_yaml()}", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"the schedule cannot be written: {error.strerror}", place=str(out)
-        ) from error
 
 
 def _schedule(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
 from .result import Calibration, smoothcache_lists
 
@@ -67,7 +68,8 @@ def plot_calibration(
         panel.legend(fontsize=8, ncols=3, loc="upper left")
     panels[-1].set_xlabel("step (0 = the first that runs)")
     figure.suptitle(f"{title}: {calibration.extent}" if title else calibration.extent)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
 
 
 def _draw_errors(panel: Axes, calibration: Calibration, kind: str) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cachegraph.errors import CachegraphError
+from cachegraph.errors import CachegraphError, printable
 
 from .bench import bench
 from .calibrate import calibrate, import_router_file
@@ -62,7 +62,9 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def _message(error: Exception) -> str:
     if isinstance(error, CachegraphError):
         return f"error: {error}"
-    first = str(error).strip().partition("\n")[0]
+    first = printable(str(error).strip().partition("\n")[0])
+    if notes := "; ".join(getattr(error, "__notes__", ())):
+        first += f" ({notes})"
     return f"error: {type(error).__name__}: {first}\nadd --debug to see where it happened"
 
 

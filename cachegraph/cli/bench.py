@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
 from .options import ArchOption, InputOption, SizeOption, argument, schedule_option
 from .output import progress, show
@@ -112,7 +113,8 @@ def bench(
     show(*report.report(source.name, found, here, rounds), columns=_COLUMNS)
     if out is not None:
         data = report.result_data(source.name, found, here, rounds)
-        out.write_text(json.dumps(data, indent=1) + "\n")
+        with writing(out):
+            out.write_text(json.dumps(data, indent=1) + "\n")
         show(f"numbers   {out}")
     if plot is not None:
         report.plot_steps(found, plot, source.name)

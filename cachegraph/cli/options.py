@@ -104,6 +104,10 @@ DotOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write a graph in DOT: of --variant, else the first."),
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.html", help="Write the report instead: see report --help."),
+]
 SitesOption = Annotated[
     bool, typer.Option("--sites", help="List the sites; of a model, without a schedule too.")
 ]

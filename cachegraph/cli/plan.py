@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
 from .options import (
     ArchOption,
     DiffOption,
     DisableOption,
     DotOption,
+    HtmlOption,
     InputOption,
     MaybeSchedule,
     ScheduleOption,
@@ -165,10 +167,7 @@ def inspect(
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw which tokens digits recomputes at each step."),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.html", help="Write the report instead: see report --help."),
-    ] = None,
+    html: HtmlOption = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
@@ -228,7 +227,8 @@ def _show_parts(
         show(show_difference(view, *diff), columns=_UNBROKEN)
     elif dot:
         index = view.variant(variant) if variant else 0
-        dot.write_text(graph_dot(view.graphs[index]))
+        with writing(dot):
+            dot.write_text(graph_dot(view.graphs[index]))
         show(f"{dot}: {view.plan.variants[index].name} in DOT")
     elif variant:
         typer.echo(view.texts[view.variant(variant)], nl=False)

@@ -75,6 +75,7 @@ def build(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    by_item: bool = True,
     varying: Sequence[str] = (),
     disable: Sequence[str] = (),
     traced: TracedModel | None = None,
@@ -88,6 +89,8 @@ def build(
         args: example inputs; the model's own ``example_inputs()`` where left out.
         kwargs: example inputs by name.
         dynamic_batch: let the batch vary where torch.export can.
+        by_item: where it cannot, take batches apart, if items do not depend on another. Their
+            products are rounded otherwise than those of a batch.
         varying: inputs that differ from step to step, beside the first one and the timestep.
         disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
         traced: the model's trace, where it is there already.
@@ -101,7 +104,7 @@ def build(
     if traced is None:
         say("tracing the model")
         args, kwargs = example_inputs(model, args, kwargs)
-        traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch)
+        traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch, by_item=by_item)
     for one in traced.contents:
         if (name := traced.signature.inputs[one.input][0]) in varying:
             raise changing(one.place, name)

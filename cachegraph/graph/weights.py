@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from cachegraph.errors import ArtifactError, SessionError
+from cachegraph.errors import ArtifactError, SessionError, out_of_memory
 
 # Bytes. Matrix products round differently on data that is not aligned as torch aligns its own, so
 # a loaded model would not compute bit for bit what the compiled one does.
@@ -72,6 +72,23 @@ def add_weight(module: nn.Module, name: str) -> None:
     holder.register_buffer(name.removeprefix(f"{path}."), rows)
 
 
+def relink(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
+    """Let a graph take other tensors for its weights of the same names."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if not is_stored(weights, name):
+            continue
+        path, _, _ = _rows(name)[0].rpartition(".")
+        holder, leaf = module.get_submodule(path), name.removeprefix(f"{path}.")
+        tensor = stored_weight(weights, name)
+        for kind in (holder._parameters, holder._buffers, vars(holder)):
+            kind.pop(leaf, None)
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(leaf, tensor)
+        else:
+            holder.register_buffer(leaf, tensor)
+
+
 def _rows(name: str) -> tuple[str, int, int]:
     """A weight's name and the rows of it; 0 to 0 where it is whole."""
     match = _SLICE.fullmatch(name)
@@ -124,7 +141,7 @@ def distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return stored, aliases
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> dict[str, str]:
     """Write a safetensors file whose tensors are aligned, so that they can be mapped into memory.
 
     safetensors' own writer aligns to 8 bytes. Tensors whose size is no multiple of the alignment
@@ -134,15 +151,28 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         weights: without aliases; views into the storage of another tensor are fine.
         path: the file to write.
 
+    Returns:
+        Name -> SHA-256 of the tensor's bytes: of what was to be written, so that a disk which did
+        not take it cannot have it signed.
+
     Raises:
         ArtifactError: a weight on the meta device, or of a dtype that the format does not have.
+        OSError: it cannot be written.
     """
     head, starts = _header(weights)
-    with path.open("wb") as file:
+
+    def digest(content: memoryview) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    digests = {}
+    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         file.write(head)
         for name in starts:
             plain = weights[name].detach().cpu().contiguous().reshape(-1)
-            plain.view(torch.uint8).numpy().tofile(file)
+            content = plain.view(torch.uint8).numpy().data
+            digests[name] = pool.submit(digest, content)
+            file.write(content)  # numpy's tofile does not tell that a disk is full
+    return {name: digests[name].result() for name in sorted(digests)}
 
 
 def weight_offsets(weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -205,6 +235,16 @@ def load_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
             return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ArtifactError(
+            "not enough memory for the weights",
+            place=str(path),
+            expected=f"{path.stat().st_size} bytes on {device}",
+            found=str(error).partition("\n")[0],
+            remedy="free some memory, or load them on another device",
+        ) from error
 
 
 def tensor_digests(path: Path) -> dict[str, str]:

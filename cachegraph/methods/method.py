@@ -54,6 +54,7 @@ class Method(Section):
         by_block: GOC's published code corrects attn and mlp of a block together on it, or neither.
         skips_stack: it may reuse what all blocks hand out together, so it rules the ``stack`` too.
         chooses_tokens: it recomputes some tokens of a site.
+        fixes_steps: it says step by step what to do, so it is for one number of steps only.
         file_keys: the keys that name a file.
         example: keys that make a schedule of ``EXAMPLE_STEPS`` steps, for tests.
     """
@@ -62,6 +63,7 @@ class Method(Section):
     by_block: ClassVar[bool] = False
     skips_stack: ClassVar[bool] = False
     chooses_tokens: ClassVar[bool] = False
+    fixes_steps: ClassVar[bool] = False
     file_keys: ClassVar[tuple[str, ...]] = ()
     example: ClassVar[Mapping[str, object]] = {}
 

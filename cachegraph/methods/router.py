@@ -24,6 +24,7 @@ class Router(Method):
     every step but the first.
     """
 
+    fixes_steps: ClassVar[bool] = True
     correctable: ClassVar[bool] = True
     by_block: ClassVar[bool] = True
     file_keys: ClassVar[tuple[str, ...]] = ("file",)

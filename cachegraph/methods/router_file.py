@@ -18,6 +18,7 @@ import torch
 
 from cachegraph.config.yaml_lines import Source, dotted, read_yaml
 from cachegraph.errors import InputError, ModelError, nearest
+from cachegraph.folders import writing
 from cachegraph.zoo.checkpoint import read_pickle
 
 _KEY = re.compile(r"(\d+)\.prob")
@@ -143,10 +144,8 @@ def import_router(path: Path, out: Path, threshold: float = 0.1, semantics: str 
         f"The router {path.name} at threshold {threshold:g}, semantics {semantics}.\n"
         f"{runs_text(mask, semantics)}."
     )
-    try:
+    with writing(out):
         out.write_text(mask_to_yaml(mask, comment), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the mask cannot be written: {error.strerror}", place=str(out)) from error
     return mask
 
 

@@ -71,6 +71,7 @@ class SmoothCache(Method):
     The lists are in a file as published, or in the schedule itself.
     """
 
+    fixes_steps: ClassVar[bool] = True
     correctable: ClassVar[bool] = True
     file_keys: ClassVar[tuple[str, ...]] = ("file",)
     example: ClassVar = {"lists": {"attn": [1, 0, 1, 0, 0, 1, 0], "mlp": [1, 1, 0] * 2 + [0]}}

@@ -57,6 +57,7 @@ class Table(Method):
     the order of the sites; whether their number fits is known only with the model.
     """
 
+    fixes_steps: ClassVar[bool] = True
     correctable: ClassVar[bool] = True
     example: ClassVar = {"reuse_steps": [1, 3]}
 

@@ -66,13 +66,16 @@ class Exported:
     items: Items | None = None
 
 
-def export(model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool) -> Exported:
+def export(
+    model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool, by_item: bool
+) -> Exported:
     """Export a module.
 
     Args:
         model: in eval mode.
         arguments: an example call, by name.
         dynamic_batch: let the batch vary where it can.
+        by_item: where it cannot, export one item, if items do not depend on another.
 
     Raises:
         ModelError: no input is a tensor with a batch.
@@ -86,12 +89,12 @@ def export(model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool) -> 
         )
     weights = (*model.parameters(), *model.buffers())
     runs = not any(tensor.is_meta for tensor in (*weights, *leaves))
-    attempt = _Attempt(model, arguments, runs)
+    attempt = _Attempt(model, arguments, runs, by_item)
     try:
         return attempt.run(dynamic_batch)
     except ReadError as error:
         _log.info("the model reads numbers at %s: they are recorded in a plain call", error)
-    return _Attempt(model, arguments, runs, reading=True).run(dynamic_batch)
+    return _Attempt(model, arguments, runs, by_item, reading=True).run(dynamic_batch)
 
 
 def changing(place: str, name: str) -> TraceError:
@@ -112,6 +115,7 @@ class _Attempt:
     model: nn.Module
     arguments: dict[str, Any]
     runs: bool  # the model has weights to run with
+    by_item: bool
     reading: bool = False
 
     def run(self, dynamic_batch: bool) -> Exported:
@@ -136,14 +140,18 @@ class _Attempt:
         reads = self._reads(example)
         if reads and not self._reads_alike(reads, example):
             return None, f"what the model reads depends on the batch ({_first_place(reads)})"
+        asked: dict[Any, str] = {}
         try:
             with branches() as asked:
                 program, source = self._export(example, reads, max(batch, 2))
         except (TraceError, ReadError):
             raise
         except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
-            return None, f"torch.export: {_first_line(error)}"
+            said = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); " if asked else ""
+            return None, f"{said}torch.export: {_first_line(error)}"
         conditions, reason = _conditions(program, asked, leaves)
+        if reason and asked and not reason.startswith(_BRANCHES):
+            reason = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); {reason}"
         if conditions is None or (reason and batch == 1):
             return None, reason
         contents = contents_of(reads, _tensors(example), rows=True)
@@ -162,7 +170,7 @@ class _Attempt:
 
     def _item_by_item(self, reason: str) -> Exported | None:
         """Of one item, where a plain call shows that items do not depend on one another."""
-        if not self.runs or reason.startswith(_BRANCHES):
+        if not (self.runs and self.by_item) or reason.startswith(_BRANCHES):
             return None
         several = self.arguments
         if batch_of(several) == 1:
@@ -221,6 +229,7 @@ class _Attempt:
         return program, source
 
 
+# Reasons not to take a batch apart: for another one the model may do something else.
 _BRANCHES = "the model branches on sizes", "the model takes batches"
 
 

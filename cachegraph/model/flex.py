@@ -56,10 +56,22 @@ class _Call:
             mask = self._mask(positions)
             plain = self._returns_its_input(self.score)
             result = self._plain(mask) if plain else self._scored(mask, positions)
+            result = self._laid_out(result)
         for user in users:
             user.replace_all_uses_with(result)
             self.module.graph.erase_node(user)
         self.module.graph.erase_node(self.node)
+
+    def _laid_out(self, result: fx.Node) -> fx.Node:
+        """The result in memory as the operator's own: views of it rely on that."""
+        wanted: Any = self.node.meta["val"][0]
+        if result.meta["val"].stride() == wanted.stride():
+            return result
+        order = [*wanted.dim_order()]
+        swapped = self._make(aten.permute.default, result, order)
+        copied = self._make(aten.clone.default, swapped, memory_format=torch.contiguous_format)
+        back = [order.index(dim) for dim in range(len(order))]
+        return self._make(aten.permute.default, copied, back)
 
     def _make(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return make_node(self.module.graph, target, args, self.node, kwargs)

@@ -6,7 +6,7 @@ independently of one another. Such a model is traced with one item, and a call i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -45,18 +45,31 @@ class Items:
 
     def part(self, arguments: Mapping[str, Any], number: int) -> dict[str, Any]:
         """The arguments of one item."""
+        return self._changed(arguments, lambda rows: rows[number : number + 1])
 
-        def cut(name: str, value: Any) -> Any:
+    def with_first(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a batch with its first item once more."""
+        return self._changed(
+            arguments,
+            lambda rows: (
+                [*rows, rows[0]] if isinstance(rows, list) else torch.cat([rows, rows[:1]])
+            ),
+        )
+
+    def _changed(
+        self, arguments: Mapping[str, Any], change: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        def argument(name: str, value: Any) -> Any:
             if name in self.lists and isinstance(value, list):
-                return value[number : number + 1]
+                return change(value)
 
             def leaf(path: Any, one: Any) -> Any:
                 rows = isinstance(one, Tensor) and _path(name, path) in self.tensors
-                return one[number : number + 1] if rows else one
+                return change(one) if rows else one
 
             return _pytree.tree_map_with_path(leaf, value)
 
-        return {name: cut(name, value) for name, value in arguments.items()}
+        return {name: argument(name, value) for name, value in arguments.items()}
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -134,13 +147,19 @@ def independent_items(model: nn.Module, arguments: Mapping[str, Any]) -> Items |
 def _agrees(
     model: nn.Module, items: Items, arguments: dict[str, Any], batch: int, whole: Any
 ) -> bool:
+    """Whether a batch, and one with its first item once more, is what its items are."""
     try:
         parts = [model(**_copied(items.part(arguments, i))) for i in range(batch)]
-        made = joined(parts)
+        if not _same(joined(parts), whole):
+            return False
+        return _same(joined([*parts, parts[0]]), model(**_copied(items.with_first(arguments))))
     except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
         return False
-    pairs = list(zip(_tensors(made), _tensors(whole), strict=False))
-    return len(_tensors(made)) == len(_tensors(whole)) and all(_close(a, b) for a, b in pairs)
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = list(zip(_tensors(one), _tensors(other), strict=False))
+    return len(_tensors(one)) == len(_tensors(other)) and all(_close(a, b) for a, b in pairs)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -137,14 +137,23 @@ class CallSignature:
 
 
 def call_arguments(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    forward: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """The call's arguments by name, in the order of ``forward``.
+
+    Args:
+        model: that is called.
+        args: of the call.
+        kwargs: of the call.
+        forward: the model's own, where something else stands in its place.
 
     Raises:
         TraceError: the arguments do not fit ``forward``, or it takes ``*args``.
     """
-    signature = inspect.signature(model.forward)
+    signature = inspect.signature(forward or model.forward)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:

@@ -69,6 +69,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    by_item: bool = True,
 ) -> TracedModel:
     """Trace a model; nothing about it is changed.
 
@@ -77,6 +78,7 @@ def trace(
         args: example inputs; the first dimension of the first tensor is the batch.
         kwargs: example inputs by name.
         dynamic_batch: let the batch vary where torch.export can; else it is fixed.
+        by_item: where it cannot, trace one item of the batch, if items do not depend on another.
 
     Raises:
         ModelError: the model is in training mode or wrapped, or no input is a tensor.
@@ -93,7 +95,7 @@ def trace(
     arguments = call_arguments(model, args, kwargs or {})
     with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
-        exported = export(model, arguments, dynamic_batch)
+        exported = export(model, arguments, dynamic_batch, by_item)
     flat = _flatten(exported.source, len(_pytree.tree_leaves(dict(exported.arguments))))
     return _finish(model, flat, exported)
 

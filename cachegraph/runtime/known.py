@@ -64,17 +64,28 @@ def prologue_name(variant: str) -> str:
     return f"{variant}-prologue"
 
 
-@dataclass
-class _Lasting:
-    """An input that stays the same throughout a trajectory."""
+@dataclass(frozen=True)
+class Lasting:
+    """An input that stays the same throughout a trajectory.
+
+    Attributes:
+        tensor: as it was given.
+        version: how often it was written to by then.
+        copy: what it held.
+    """
 
     tensor: Tensor
     version: int
     copy: Tensor
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Lasting:
+    def of(cls, tensor: Tensor) -> Lasting:
+        """An input as it is now."""
         return cls(tensor, _version(tensor), tensor.clone())
+
+    def is_untouched(self, tensor: Tensor) -> bool:
+        """Whether it is the very same tensor and nobody has written to it; compares nothing."""
+        return tensor is self.tensor and self.version == _version(tensor) >= 0
 
     def is_same(self, tensor: Tensor) -> bool:
         """Compares the contents where the tensor is another one, was written to, or is small.
@@ -82,9 +93,8 @@ class _Lasting:
         Writes through ``.data`` or numpy are not counted by torch, so they are found in small
         tensors on the CPU only.
         """
-        untouched = tensor is self.tensor and self.version == _version(tensor) >= 0
         small = tensor.is_cpu and tensor.nbytes <= _SMALL
-        return (untouched and not small) or _equal(tensor, self.copy)
+        return (self.is_untouched(tensor) and not small) or _equal(tensor, self.copy)
 
 
 class KnownValues:
@@ -99,7 +109,7 @@ class KnownValues:
         self._program = program
         self._prologues = prologues
         self._tracking = tracking
-        self._lasting: list[_Lasting] = []
+        self._lasting: list[Lasting] = []
         self._request: dict[str, Tensor] = {}  # by the names of values
         self._rows: dict[int, dict[str, Tensor]] = {}  # step -> its own values, not used yet
         self._times: dict[int, Tensor] = {}  # step -> timestep that it is expected to have
@@ -114,7 +124,7 @@ class KnownValues:
             SessionError: an input has other contents than the graphs were made for.
         """
         self._check_contents(inputs)
-        self._lasting = [_Lasting.of(inputs[i]) for i in self._program.lasting]
+        self._lasting = [Lasting.of(inputs[i]) for i in self._program.lasting]
         self._rows.clear()
         request = self._prologues.request
         made = request(*inputs) if request is not None else ()

@@ -112,3 +112,13 @@ class Program:
     def layout(self, step: int) -> VariantLayout:
         """How the graph of a step is called."""
         return self.variants[self.steps[step].variant]
+
+    def batch_dims(self) -> dict[str, int]:
+        """Slot -> which dimension of its values is the batch; without slots where none is."""
+        ports = (port for v in self.variants for port in v.interface.writes)
+        shapes = {port.of: port.spec.shape for port in ports}
+        return {
+            slot: shape.index(self.batch)
+            for slot, shape in shapes.items()
+            if self.batch is not None and shape.count(self.batch) == 1
+        }

@@ -111,9 +111,13 @@ class Runner(nn.Module):
         """``50 steps, 2 variants, cpu``: what ``repr`` says of it."""
         return f"{len(self.program.steps)} steps, {len(self.functions)} variants, {self.device}"
 
-    def session(self) -> Session:
-        """An independent trajectory over the same weights."""
-        return Session(self)
+    def session(self, *, quiet: bool = False) -> Session:
+        """An independent trajectory over the same weights.
+
+        Args:
+            quiet: do not warn of a trajectory that is left unfinished.
+        """
+        return Session(self, quiet=quiet)
 
     def known_values(self) -> KnownValues:
         """What is known beforehand of a trajectory that has not begun."""

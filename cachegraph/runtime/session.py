@@ -13,7 +13,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from cachegraph.errors import SessionError, TooManyCallsError, UnfinishedWarning
+from cachegraph.errors import (
+    SessionError,
+    TooManyCallsError,
+    UnfinishedWarning,
+    out_of_memory,
+)
 from cachegraph.model.items import joined
 
 from .continuity import Link, Trail
@@ -24,6 +29,11 @@ from .tracking import Position
 
 if TYPE_CHECKING:
     from .runner import Runner
+
+_Shapes = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+
+
+_LESS = "sample fewer images at a time, or free some memory"
 
 
 @dataclass
@@ -36,7 +46,7 @@ class _Branch:
     known: KnownValues
     trail: Trail | None = None
     position: Position = field(default_factory=Position)
-    shapes: tuple[tuple[object, ...], ...] = ()
+    shapes: _Shapes = ()
     values: dict[Made, Tensor] = field(default_factory=dict)
     replays: Replays | None = None  # in place of values, where CUDA graphs are used
 
@@ -45,10 +55,15 @@ class Session:
     """One trajectory being sampled; independent of all others over the same weights.
 
     Sessions may interleave and may run in threads of their own; one session serves one thread.
+
+    Args:
+        runner: whose graphs and weights it uses.
+        quiet: do not warn of a trajectory that is left unfinished.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, quiet: bool = False) -> None:
         self._runner = runner
+        self._quiet = quiet
         self._step_index: int | None = None
         self._recorder = runner.recorder() if runner.recorder is not None else None
         self._branches: dict[str, _Branch] = {}
@@ -102,7 +117,7 @@ class Session:
         self._branches[self._branch_name] = branch
         said = self._step_index if step is None else step
         position = self._locate(branch, inputs, said)
-        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
+        shapes = _shapes_of(inputs)
         if position.step == 0:
             runner.check_inputs(inputs, self._branch_name)
             runner.check_weights()
@@ -114,19 +129,26 @@ class Session:
             self._refuse_change(branch, shapes, position.step)
         try:
             outputs = self._outputs(branch, position.step, inputs)
-        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            if not runner.place or isinstance(error, torch.OutOfMemoryError):
+        except (
+            *(RuntimeError, TypeError, ValueError),
+            *(LookupError, ArithmeticError, MemoryError),
+        ) as error:
+            place = f"{runner.place}, step {position.step}".removeprefix(", ")
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(f"{place}: {_LESS}")  # whoever knows torch tries a smaller batch
                 raise
+            if not runner.place and not out_of_memory(error):
+                raise
+            name = runner.program.layout(position.step).name
             raise SessionError(
-                f"the graph of {runner.program.layout(position.step).name} fails",
-                place=f"{runner.place}, step {position.step}",
+                "not enough memory" if out_of_memory(error) else f"the graph of {name} fails",
+                place=place,
                 found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-                remedy="compile the artifact again",
+                remedy=_LESS if out_of_memory(error) else "compile the artifact again",
             ) from error
         branch.position = position
-        latent = (
-            runner.tracking.latent if said is None else None
-        )  # else nothing is to be told by it
+        # Where the step is said, nothing is to be told by the latent.
+        latent = runner.tracking.latent if said is None else None
         branch.trail = None if latent is None else Trail.of(inputs[latent], outputs)
         return signature.unflatten(outputs, kwargs.get("return_dict"))
 
@@ -160,7 +182,7 @@ class Session:
         self._branches = {}
         for name, branch in branches.items():
             done = branch.position.step + 1
-            if 0 < done < steps:
+            if 0 < done < steps and not self._quiet:
                 of = f" of {name!r}" if name else ""
                 warnings.warn(
                     f"a trajectory{of} ends after {done} of {steps} steps; a sampler of {done} "
@@ -169,6 +191,46 @@ class Session:
                     UnfinishedWarning,
                     stacklevel=3,
                 )
+
+    def rewind(self) -> None:
+        """Begin a new trajectory: whoever samples knows that the last one is over, whole or not.
+
+        What was learned of the sampler's timesteps and recorded graphs are kept.
+        """
+        for branch in self._branches.values():
+            branch.values.clear()
+            branch.trail, branch.position = None, Position(learned=branch.position.learned)
+
+    def take_rows(self, other: Session, rows: slice, inputs: Sequence[Tensor]) -> None:
+        """Go on with some rows of the batch of another session's trajectory.
+
+        Args:
+            other: of the same runner; one branch, that has begun.
+            rows: of its batch.
+            inputs: of the next call, in graph order.
+
+        Raises:
+            SessionError: a value that is kept is no row a sample, the graphs take no such batch, or
+                the trajectory is one of recorded CUDA graphs.
+        """
+        runner = self._runner
+        ((name, branch),) = other._branches.items()
+        runner.check_inputs(inputs, name)
+        dims = runner.program.batch_dims()
+        if branch.replays is not None or any(slot not in dims for slot, _ in branch.values):
+            raise SessionError(
+                "a trajectory cannot go on with a part of its batch",
+                expected="values with a row for each sample, and no recorded CUDA graphs",
+            )
+        known = runner.known_values()
+        known.begin(inputs)
+        values = {
+            made: tensor.narrow(dims[made[0]], rows.start, rows.stop - rows.start).clone()
+            for made, tensor in branch.values.items()
+        }
+        shapes = _shapes_of(inputs)
+        part = replace(branch, known=known, trail=None, values=values, shapes=shapes)
+        self._branches = {name: part}
 
     def __del__(self) -> None:
         """A session that nobody has any more tells what it leaves unfinished."""
@@ -218,9 +280,7 @@ class Session:
         """Bytes of the values known beforehand that are held now, over all branches."""
         return sum(b.known.nbytes for b in self._branches.values())
 
-    def _refuse_change(
-        self, branch: _Branch, shapes: tuple[tuple[object, ...], ...], step: int
-    ) -> None:
+    def _refuse_change(self, branch: _Branch, shapes: _Shapes, step: int) -> None:
         names = [name for name, _ in self._runner.program.signature.inputs]
         for name, before, now in zip(names, branch.shapes, shapes, strict=True):
             if before != now:
@@ -231,6 +291,10 @@ class Session:
                     found=" ".join(map(str, now)),
                     remedy="begin a new trajectory with the first timestep, or use a session each",
                 )
+
+
+def _shapes_of(inputs: Sequence[Tensor]) -> _Shapes:
+    return tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
 
 
 _OPEN: WeakSet[Session] = WeakSet()

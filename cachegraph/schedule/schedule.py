@@ -165,6 +165,23 @@ class Schedule(Section):
         if self.correction is not None:
             self.correction._source = replace(source, within=("correction",))
 
+    def fixed_by(self) -> str | None:
+        """The section that is for this number of steps and no other; None where it scales."""
+        if self.policy.fixes_steps:
+            return f"the {self.policy.method} policy"
+        if self.correction is not None:
+            return f"the {self.correction.method} correction"
+        return "'timesteps'" if self.timesteps is not None else None
+
+    def for_steps(self, steps: int) -> Schedule:
+        """The same with another number of steps.
+
+        Raises:
+            ScheduleError: a key does not fit so many steps.
+        """
+        contents = self.model_dump(exclude_none=True, exclude={"calibration"})
+        return _build({**contents, "steps": steps}, self._source)
+
     def digest(self) -> str:
         """SHA-256 of what the schedule says; equal for equal schedules, wherever they stand."""
         text = json.dumps(self._contents(), sort_keys=True, separators=(",", ":"))

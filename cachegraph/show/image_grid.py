@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 
 _COLUMNS = 10
 _ENLARGED = 4  # times; digits of 16 pixels are small on a screen
@@ -70,5 +71,6 @@ def write_grid(images: Tensor, path: Path) -> None:
     pixels = (grid * 255).round().to(torch.uint8).numpy()
     picture = Image.fromarray(pixels)
     enlarged = (picture.width * _ENLARGED, picture.height * _ENLARGED)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize(enlarged, Image.Resampling.NEAREST).save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.resize(enlarged, Image.Resampling.NEAREST).save(path)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cachegraph.compiler.compile import ScheduleSource
 from cachegraph.errors import InputError
+from cachegraph.folders import writing
 from cachegraph.methods import METHODS
 from cachegraph.model.trace import trace
 from cachegraph.oracle.reference import ReferenceRunner
@@ -114,8 +115,9 @@ def write_token_map(model: nn.Module, schedule: ScheduleSource, path: Path) -> N
         panel = _panel(image, share, whole)
         pen.text((left, top), str(step), fill=(0, 0, 0))
         canvas.paste(Image.fromarray(panel.numpy()), (left, top + _HEAD))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.save(path)
 
 
 def _panel(image: Tensor, share: Tensor, whole: bool) -> Tensor:

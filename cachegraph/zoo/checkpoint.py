@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cachegraph.downloads import mistaken
-from cachegraph.errors import ModelError
+from cachegraph.errors import ModelError, out_of_memory
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 NESTED_KEYS = ("ema", "model", "state_dict")  # in order of preference: averages sample better
@@ -25,7 +25,7 @@ SHOWN_NAMES = 5
 # What torch.load has been seen to raise for files with a few changed bytes; it promises none.
 DAMAGED = (
     *(pickle.UnpicklingError, EOFError, OSError, AssertionError, AttributeError),
-    *(LookupError, RuntimeError, TypeError, ValueError),
+    *(LookupError, RuntimeError, TypeError, ValueError, MemoryError),
 )
 
 
@@ -96,6 +96,13 @@ def read_pickle(path: Path) -> object:
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except DAMAGED as error:
+        if out_of_memory(error):
+            raise ModelError(
+                "not enough memory to read the weights",
+                place=str(path),
+                found=str(error).partition("\n")[0],
+                remedy="free some memory, or store them in a smaller dtype",
+            ) from error
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign is None:
             raise ModelError(

@@ -66,9 +66,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "deep" / "code.py").write_text("1")
     monkeypatch.setattr(origin, "_PACKAGE", folder)
     monkeypatch.setattr(origin, "BEGAN", origin.BEGAN + 1e6)
-    origin._surroundings.cache_clear()
+    origin.surroundings.cache_clear()
     yield folder
-    origin._surroundings.cache_clear()
+    origin.surroundings.cache_clear()
 
 
 def found(
@@ -77,7 +77,7 @@ def found(
     options: dict[str, object] | None = None,
 ) -> Origin:
     """What a new process would find, now."""
-    origin._surroundings.cache_clear()
+    origin.surroundings.cache_clear()
     whole = {"cachegraph": 1, "steps": 4, **(schedule or FILES)}
     result = find_origin(model, model_files(model), load_schedule(whole), options or OPTIONS)
     assert result is not None

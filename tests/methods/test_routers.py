@@ -273,7 +273,8 @@ def test_import_refuses_what_it_cannot_read_or_write(tmp_path: Path) -> None:
         f"{tmp_path}/out.pt: masks are written as YAML; expected a .yaml file"
     )
     assert fails(import_router, path, tmp_path / "no/out.yaml") == (
-        f"{tmp_path}/no/out.yaml: the mask cannot be written: No such file or directory"
+        f"{tmp_path}/no/out.yaml: cannot be written; found No such file or directory; "
+        "free some space, or choose another path"
     )
 
 

@@ -96,13 +96,10 @@ def test_model_whose_path_depends_on_data() -> None:
     assert "found input 'x'" in message
 
 
-@pytest.mark.parametrize(
-    ("args", "found"),
-    [
-        ((X,), "missing a required argument: 't'"),
-        ((X, T, T), "too many positional arguments"),
-    ],
-)
+MISFITS = [((X,), "missing a required argument: 't'"), ((X, T, T), "too many positional arguments")]
+
+
+@pytest.mark.parametrize(("args", "found"), MISFITS)
 def test_example_inputs_that_do_not_fit(args: tuple[Tensor, ...], found: str) -> None:
     message = refused(TraceError, Base(), *args)
     assert message.startswith("the example inputs do not fit Base.forward; expected (x: ")
@@ -170,13 +167,13 @@ class Counted(Base):
         return self.body(x, t)
 
 
-@pytest.mark.parametrize(
-    ("model", "reason", "batch"),
-    [
-        (Pairs(), "the model fixes it", 2),
-        (Counted(), "item by item: torch.export: TypeError: the batch must be a", 1),
-    ],
-)
+FIXED = [
+    (Pairs(), "the model fixes it", 2),
+    (Counted(), "item by item: torch.export: TypeError: the batch must be a", 1),
+]
+
+
+@pytest.mark.parametrize(("model", "reason", "batch"), FIXED)
 def test_batch_is_fixed_where_the_model_fixes_it(model: nn.Module, reason: str, batch: int) -> None:
     found = traced(model, X, T)
     assert found.batch is None

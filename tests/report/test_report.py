@@ -72,6 +72,22 @@ def test_inputs_say_what_they_are_for() -> None:
     assert all(one["why"] for variant in data()["variants"] for one in variant["inputs"])
 
 
+def keys_of(found: Any) -> set[str]:
+    """Every key of the data, but those that are names of the model."""
+    if isinstance(found, list):
+        return set().union(*map(keys_of, found))
+    if isinstance(found, dict):
+        inner = {key: value for key, value in found.items() if key not in ("sizes", "prologues")}
+        return set(found) | keys_of(list(inner.values()))
+    return set()
+
+
+def test_every_key_is_documented() -> None:
+    text = Path("docs/report.md").read_text()
+    said = set(re.findall(r"[`.](\w+)(?=[`.\[])", text))
+    assert keys_of(data()) <= said
+
+
 def test_marks_of_nodes() -> None:
     nodes = [n for s in data()["variants"][2]["sections"] for n in s["nodes"]]
     marks = {n["name"]: n.get("marks", "") for n in nodes}

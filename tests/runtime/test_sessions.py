@@ -344,6 +344,17 @@ def test_a_step_that_failed_can_be_repeated(compiled: Compiled, variant: int, ca
     assert same(found, compiled.wanted(image(1)))
 
 
+def test_memory_that_runs_out_is_told(compiled: Compiled) -> None:
+    artifact = compiled.artifact()
+
+    def greedy(*_: Tensor) -> Any:
+        return torch.empty(2**55)
+
+    before = Prologues.of(artifact.program, artifact.prologues, batched=False)
+    run = cg.Runner(artifact.program, [greedy] * 2, artifact.weights, prologues=before)
+    refused(lambda: run(*image(1)[0]), "step 0: not enough memory; found RuntimeError: ", "sample")
+
+
 def test_a_first_step_that_failed_has_begun_its_trajectory(compiled: Compiled) -> None:
     run = failing_once(compiled.artifact(), variant=0, call=1)
     play(run, image(1)[:2])

@@ -27,7 +27,7 @@ from torch import Tensor
 from cachegraph.backends import AheadOfTime, Graphs, Progress, Weights
 from cachegraph.backends.named import BATCH, NamedGraph
 from cachegraph.errors import BackendError
-from cachegraph.folders import cache_folder, make_folder
+from cachegraph.folders import cache_folder, make_folder, writing
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import stored_weight
 from cachegraph.runtime.known import StepFunction
@@ -204,7 +204,8 @@ def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Prog
         BackendError: one of them failed; the others are stopped.
     """
     # In the cache, so that what is done can be renamed into it.
-    with tempfile.TemporaryDirectory(prefix="compiling-", dir=_cache()) as folder:
+    cache = _cache()
+    with writing(cache), tempfile.TemporaryDirectory(prefix="compiling-", dir=cache) as folder:
         scratch = Path(folder)
         waiting, running = list(jobs), dict[Path, subprocess.Popen[bytes]]()
         try:

@@ -1,0 +1,1 @@
+"""Pipelines of diffusers whose transformers run compiled, from one line."""
