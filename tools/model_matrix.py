@@ -238,6 +238,32 @@ def run_apart(config: Mapping[str, Any], limit: float = LIMIT) -> Row:
     return row
 
 
+_PAGE = """# Which models work, and how
+
+Written by `python -m tools.model_matrix CONFIGS.json --table docs/models.md`: classes of diffusers,
+built small and with random weights. Each is compiled with FORA and compared, step by step, with
+the reference: the eager model under hooks, or the traced graph with its sites' values replaced
+(`graph`) where no module returns a value.
+
+**Batch.** `any`: one graph for every batch. `item by item`: the model fixes its batch (a loop over
+it, a list of one entry an item), but a plain call shows that items do not depend on one another; so
+one item is traced, and a call runs one after the other, each with what was kept of it. Results
+equal those of the batch but for rounding. With `dynamic_batch=False` the batch of the example is
+traced as it is.
+
+**Numbers that a model reads.** Some models decide by masks, ids or lengths what they compute
+(`lengths.tolist()`, `text[mask]`). What is read is recorded in one plain call of the model and
+holds for these contents only: they are checked when a trajectory begins, and other contents are
+refused with the line that reads them. Numbers read from the latent or the timestep cannot be
+known; such a model is refused. `x[mask] = f(x[mask])` needs no contents.
+
+**flex_attention** is written out as attention with a mask. As in eager mode, its mask function
+decides; blocks that a `BlockMask` leaves out beyond that are computed.
+
+**ONNX.** Complex numbers (rotary tables) travel as pairs of real ones.
+"""
+
+
 def passes(row: Row) -> bool:
     """Compiled with FORA, and equal to the reference."""
     return "failed" not in row and row.get("error", 1) <= TOLERANCE
@@ -249,6 +275,7 @@ def table(rows: Mapping[str, Row]) -> str:
     fixed = sum(passes(r) and r["batch"].startswith("fixed") for r in rows.values())
     onnx = sum(_is_small(r.get("onnx"), ONNX_TOLERANCE) for r in rows.values())
     lines = [
+        _PAGE,
         f"{good} of {len(rows)} compile with FORA and equal the reference ({TOLERANCE:g}); of "
         f"these, {fixed} with a fixed batch. {onnx} run as ONNX ({ONNX_TOLERANCE:g}).",
         "",

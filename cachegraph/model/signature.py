@@ -263,11 +263,13 @@ def _match(path: str, tree: Tree, value: Any, found: dict[int, Tensor]) -> None:
         case {"const": traced}:
             _match_constant(path, traced, value)
         case {"dict": children}:
+            # Keys that are numbers are texts in a manifest.
             value = {} if value is None else value
-            if not isinstance(value, dict) or set(value) != set(children):
+            given = {str(k): v for k, v in value.items()} if isinstance(value, dict) else None
+            if given is None or given.keys() != set(map(str, children)):
                 raise _other_form(path, f"a dict with the keys {sorted(children)}", value)
             for key, child in children.items():
-                _match(f"{path}.{key}", child, value[key], found)
+                _match(f"{path}.{key}", child, given[str(key)], found)
         case {"list": children} | {"tuple": children}:
             if not isinstance(value, list | tuple) or len(value) != len(children):
                 raise _other_form(path, f"{len(children)} values", value)
