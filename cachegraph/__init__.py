@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .runtime.runner import Runner
     from .runtime.session import Session
     from .schedule.schedule import Schedule, load_schedule, presets
+    from .train.train import TrainedRouter, train_router
     from .zoo import load_model
 
 __version__ = version("cachegraph")
@@ -27,6 +28,7 @@ __all__ = [
     "Runner",
     "Schedule",
     "Session",
+    "TrainedRouter",
     "accelerate",
     "accelerated",
     "compile",
@@ -36,6 +38,7 @@ __all__ = [
     "presets",
     "restore",
     "summary",
+    "train_router",
 ]
 
 # Imported when asked for: torch takes over a second, and running an artifact needs no models.
@@ -46,6 +49,7 @@ _MODULES = {
     "Runner": "runtime.runner",
     "Schedule": "schedule.schedule",
     "Session": "runtime.session",
+    "TrainedRouter": "train.train",
     "accelerate": "pipelines.accelerate",
     "accelerated": "pipelines.accelerate",
     "compile": "compiler.compile",
@@ -55,6 +59,7 @@ _MODULES = {
     "presets": "schedule.schedule",
     "restore": "pipelines.accelerate",
     "summary": "pipelines.accelerate",
+    "train_router": "train.train",
 }
 
 

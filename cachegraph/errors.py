@@ -82,6 +82,10 @@ class VerifyError(CachegraphError):
     """A rewritten graph broke a rule of the verifier: a bug in a pass, never the user's fault."""
 
 
+class TrainingError(CachegraphError):
+    """Training went where no router can follow, such as a loss that is no number."""
+
+
 class TooManyCallsError(SessionError):
     """A trajectory of more calls than the schedule has steps."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,6 +46,40 @@ def cache_folder(name: str) -> Path:
             remedy="set CACHEGRAPH_CACHE to a folder of yours",
         ) from error
     return Path(root) / name
+
+
+def own_cache(name: str) -> Path:
+    """Such a folder, made where there is none; what lies there is run, so it is ours alone.
+
+    Raises:
+        InputError: it cannot be made, or somebody else may write to it.
+    """
+    folder = make_folder(cache_folder(name))
+    state = folder.stat()
+    if os.name == "posix" and (state.st_uid != os.geteuid() or state.st_mode & stat.S_IWOTH):
+        raise InputError(
+            "others may write to the folder of compiled code, which is run",
+            place=str(folder),
+            expected=f"a folder of user {os.geteuid()} that others cannot write to",
+            found=f"user {state.st_uid}, {stat.filemode(state.st_mode)}",
+            remedy="remove it or change that, or set CACHEGRAPH_CACHE to a folder of yours",
+        )
+    return folder
+
+
+def record_content(path: Path) -> None:
+    """Note down what a file holds, before it takes its place under the same name."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(f"{path.name}.sha256").write_text(digest)
+
+
+def is_as_recorded(path: Path) -> bool:
+    """Whether a file is there and holds what was noted down."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return path.with_name(f"{path.name}.sha256").read_text() == digest
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def make_folder(folder: Path, remedy: str = "set CACHEGRAPH_CACHE to a folder of yours") -> Path:
@@ -106,9 +142,9 @@ def written_whole(target: Path) -> Iterator[Path]:
     """
     place = Path(os.path.realpath(target))  # a link stays one
     make_folder(place.parent, _ANOTHER)
-    _sweep(place)
     partial = _beside(place, "partial")
     try:
+        _sweep(place)
         partial.mkdir()
         yield partial
         _sync(partial)
@@ -147,6 +183,26 @@ def writing(path: Path) -> Iterator[None]:
             found=error.strerror or str(error),
             remedy=_NO_SPACE,
         ) from error
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place when all went well.
+
+    It is on the disk then; a process that is killed leaves what was there, and a hidden file that
+    ends in ``.partial``.
+
+    Raises:
+        InputError: see :func:`writing`.
+    """
+    partial = _beside(path, "partial")
+    try:
+        with writing(path):
+            yield partial
+            _sync_path(partial)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _problem(folder: Path) -> str:

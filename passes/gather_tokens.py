@@ -229,6 +229,22 @@ class _Region:
             raise self.refusal(node, "does not have its queries on the token axis")
         return tuple(args), self._axis(query)
 
+    def join(self, node: fx.Node, args: list[Any]) -> tuple[Any, int]:
+        """Channels side by side; those that do not follow from the stream are gathered too."""
+        rank, axes = _rank(node), {self._axis(n) for n in node.all_input_nodes if n in self.copies}
+        dim = (args[1] if len(args) > 1 else 0) % rank
+        if rank != 3 or axes != {1} or dim == 1:
+            raise self.refusal(node, "joins tokens with others")
+        parts: Any = node.args[0]
+        return ([self._gathered(part) for part in parts], dim), 1
+
+    def _gathered(self, node: fx.Node) -> fx.Node:
+        if node in self.copies:
+            return self.copies[node][0]
+        made = self.graph.call_function(ops.gather_tokens, (node, self.picked_tokens))
+        made.meta[ORIGIN] = Origin(GatherTokens.name, self.site)
+        return made
+
     def rows(self, node: fx.Node, args: list[Any]) -> tuple[Any, int]:
         """The entropy of a query's row is the query's alone."""
         self.attention(node, args)
@@ -251,6 +267,7 @@ _RULES: dict[Any, Callable[[_Region, fx.Node, list[Any]], tuple[Any, int]]] = {
     aten.transpose.int: _Region.transpose,
     aten.permute.default: _Region.permute,
     aten.unsqueeze.default: _Region.unsqueeze,
+    aten.cat.default: _Region.join,
     aten.scaled_dot_product_attention.default: _Region.attention,
     ops.row_entropy: _Region.rows,
     **dict.fromkeys(_REDUCTIONS, _Region.reduce),

@@ -15,7 +15,16 @@ from cachegraph.graph.step_graph import CONSTANT, ORIGIN, SLOT, Origin, Stage, S
 from cachegraph.graph.token_choice import Chooser, Constants, needs_entropy
 from cachegraph.model.site import Site
 from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, sources
-from cachegraph.plan.slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Slot, StepConstant
+from cachegraph.plan.slot import (
+    AGE,
+    EXTRAS,
+    INNER,
+    ORDER,
+    SCORE,
+    ConstantKind,
+    Slot,
+    StepConstant,
+)
 from cachegraph.plan.variant import extra_spec, scorer
 
 _ANY_COUNT = 3  # of tokens, while shapes are looked at
@@ -42,9 +51,10 @@ class InsertCache:
         %write_blocks_0_mlp_0 = cache.write(%linear_5, slot="blocks.0.mlp#0")
         return %add_2, %write_blocks_0_mlp_0
 
-    A refresh keeps what was kept but for the picked tokens; what later choices of tokens go by is
-    handed out too. Left alone: sites that are computed and not kept, and the work that a read makes
-    superfluous (``drop-dead`` removes it).
+    Of a stack that is relative, what its blocks add to the stream is kept, and added to the stream
+    in front of them. A refresh keeps what was kept but for the picked tokens; what later choices of
+    tokens go by is handed out too. Left alone: sites that are computed and not kept, and the work
+    that a read makes superfluous (``drop-dead`` removes it).
     """
 
     name: ClassVar[str] = "insert-cache"
@@ -98,6 +108,8 @@ class _Insertion:
                 kept = self._reuse(site, index, action, value)
             rewrites += not isinstance(action, Compute)
             if step.variant.writes[at]:
+                if site.relative and isinstance(action, Compute):
+                    kept = self._distance(site, index, value)
                 slot = Slot(site.name, index, 0, site.values[index].spec)
                 self.writes[at, index] = kept, slot
         if self.chooser is not None:
@@ -120,8 +132,22 @@ class _Insertion:
                 weights = self.constants[ConstantKind.COEFFICIENTS, site.name]
                 name = f"forecast_{_identifier(f'{site.name}_{index}')}"
                 result = self._call(site, ops.forecast, (reads, weights), name)
-        value.replace_all_uses_with(result, propagate_meta=False)
+        stands = result
+        if site.relative:
+            with self.step.graph.inserting_before(value):
+                name = f"after_{_identifier(f'{site.name}_{index}')}"
+                stream = self.by_name[site.source]
+                stands = self._call(site, torch.ops.aten.add.Tensor, (stream, result), name)
+        value.replace_all_uses_with(stands, propagate_meta=False)
+        self.by_name[value.name] = stands  # for a site that starts there
         return result
+
+    def _distance(self, site: Site, index: int, value: fx.Node) -> fx.Node:
+        """What the site adds to its source."""
+        with self.step.graph.inserting_after(value):
+            args = value, self.by_name[site.source]
+            name = f"added_{_identifier(f'{site.name}_{index}')}"
+            return self._call(site, torch.ops.aten.sub.Tensor, args, name)
 
     def _refresh(self, site: Site, at: int, action: Refresh, value: fx.Node) -> fx.Node:
         """The kept value with the picked tokens recomputed."""
@@ -132,6 +158,10 @@ class _Insertion:
         kept_slot = self._slot(Slot(site.name, 0, 0, site.values[0].spec), value.meta["val"])
         with graph.inserting_before(self.first):
             old = self._read(kept_slot)
+        if site.inner is not None:  # attention stays what it was when the site was computed
+            attention = self._read_extra(site, INNER, value)
+            inner = self.by_name[site.inner.node]
+            inner.replace_all_uses_with(attention, propagate_meta=False)
         if chooser.selection.foreseen:
             order = self._read_extra(site, ORDER, value)
             with graph.inserting_before(self.first):

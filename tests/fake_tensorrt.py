@@ -25,8 +25,16 @@ DataType = IntEnum(
 )
 TensorIOMode = IntEnum("TensorIOMode", {"NONE": 0, "INPUT": 1, "OUTPUT": 2})
 TensorLocation = IntEnum("TensorLocation", {"DEVICE": 0, "HOST": 1})
-BuilderFlag = IntEnum("BuilderFlag", {"STRIP_PLAN": 0, "REFIT_IDENTICAL": 1})
-NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
+# As in 10, where networks might be typed weakly, and in 11.
+FLAGS = {
+    version: (
+        IntEnum("BuilderFlag", {"STRIP_PLAN": strip, "REFIT_IDENTICAL": strip + 1}),
+        IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": typed}),
+    )
+    for version, strip, typed in (("10.15.1", 19, 1), ("11.4.0", 18, 0))
+}
+BuilderFlag, NetworkDefinitionCreationFlag = FLAGS[__version__]
+renamed: set[str] = set()  # weights that the parser made others of
 _TYPES = {
     TensorProto.FLOAT: (DataType.FLOAT, np.float32),
     TensorProto.INT64: (DataType.INT64, np.int64),
@@ -226,7 +234,10 @@ class Refitter:
     """Every initializer was stripped, the small ones too."""
 
     def __init__(self, engine: Engine, logger: ILogger) -> None:
-        self.initializers = {t.name: t for t in engine.model.graph.initializer}
+        self.initializers = {
+            f"{t.name} transposed" if t.name in renamed else t.name: t
+            for t in engine.model.graph.initializer
+        }
         self.given: dict[str, Weights] = {}
 
     def get_all_weights(self) -> list[str]:
@@ -249,5 +260,37 @@ class Refitter:
                 self.given[name].pointer, self.given[name].count * kind.itemsize
             )
             filled = np.frombuffer(content, kind).reshape(tuple(tensor.dims))
-            tensor.CopyFrom(numpy_helper.from_array(filled, name))
+            tensor.CopyFrom(numpy_helper.from_array(filled, tensor.name))
+        return True
+
+
+class OnnxParserRefitter:
+    """Knows which weights became which."""
+
+    num_errors = 0
+
+    def __init__(self, refitter: Refitter, logger: ILogger) -> None:
+        self.refitter = refitter
+        self.model: Any = None
+        self.loaded: dict[str, tuple[int, int]] = {}
+
+    def load_model_proto(self, model: bytes, path: str | None = None) -> bool:
+        self.model = onnx.load_from_string(model)
+        return True
+
+    def load_initializer(self, name: str, data: int, size: int) -> bool:
+        assert self.model is not None
+        self.loaded[name] = data, size
+        return True
+
+    def refit_model_proto(self) -> bool:
+        self.kept = []
+        for name, tensor in self.refitter.initializers.items():
+            kind, number = _TYPES[tensor.data_type]
+            if tensor.name in self.loaded:
+                place, size = self.loaded[tensor.name]
+            else:
+                self.kept.append(np.array(numpy_helper.to_array(tensor)))
+                place, size = self.kept[-1].ctypes.data, self.kept[-1].nbytes
+            self.refitter.given[name] = Weights(kind, place, size // np.dtype(number).itemsize)
         return True

@@ -24,7 +24,7 @@ from cachegraph.errors import SessionError
 from cachegraph.methods.method import EXAMPLE_STEPS, Method
 from cachegraph.methods.router_file import Mask, mask_to_yaml
 from cachegraph.model.trace import TracedModel, trace
-from cachegraph.zoo import DiT, PixArt
+from cachegraph.zoo import DiT, Flux, PixArt, STDiT3
 
 DATA = Path(__file__).parent / "data"
 Inputs = dict[str, Any]
@@ -179,6 +179,33 @@ def tiny_pixart() -> PixArt:
     model = PixArt(caption_channels=16, model_max_length=5, **sizes)
     fill_random(model)
     return model
+
+
+def tiny_flux(**sizes: Any) -> Flux:
+    """A FLUX of 1 + 1 blocks, 12 image tokens and 5 of text, width 32, for 16 channels a token."""
+    defaults: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 8,
+        "context_in_dim": 8,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6],
+    }
+    model = Flux(**defaults | sizes)
+    fill_random(model)
+    return model.requires_grad_(False)
+
+
+def tiny_stdit(**sizes: Any) -> STDiT3:
+    """A STDiT3 of 1 + 1 blocks, 3 frames of 2 x 2 tokens, width 16, captions of 5 tokens."""
+    defaults = {"hidden_size": 16, "depth": 1, "num_heads": 2}
+    model = STDiT3(caption_channels=8, model_max_length=5, **defaults | sizes)
+    vars(model)["latent_size"] = (3, 4, 4)
+    fill_random(model)
+    return model.requires_grad_(False)
 
 
 def dit_steps(steps: int, *, batch: int = 2, seed: int = 0) -> list[Call]:

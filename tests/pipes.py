@@ -36,7 +36,7 @@ class Pipeline:
         has_callback: it takes ``callback_on_step_end``.
     """
 
-    build: Callable[[], Any]
+    build: Callable[..., Any]
     arguments: Callable[..., dict[str, Any]]
     branches: int = 1
     has_callback: bool = True
@@ -88,12 +88,12 @@ def _dit_call(prompt: int, batch: int, _length: int, _height: int, guided: bool)
     }
 
 
-def _flux() -> Any:
+def _flux(**sizes: Any) -> Any:
     pytest.importorskip("transformers")
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    transformer = model("FluxTransformer", in_channels=16, guidance_embeds=True)
+    transformer = model("FluxTransformer", in_channels=16, guidance_embeds=True, **sizes)
     return FluxPipeline(scheduler, None, None, None, None, None, transformer)
 
 

@@ -14,7 +14,10 @@ from cachegraph import folders
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.folders import (
     cache_folder,
+    is_as_recorded,
     make_folder,
+    own_cache,
+    record_content,
     refuse_foreign,
     writing,
     written_whole,
@@ -146,6 +149,30 @@ def write_through(target: Path, link: Path) -> None:
 def run_out_of_memory(target: Path) -> None:
     with written_whole(target):
         torch.empty(2**55)
+
+
+def test_others_may_not_write_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHEGRAPH_CACHE", str(tmp_path))
+    folder = own_cache("aoti")
+    assert folder == tmp_path / "aoti"
+    folder.chmod(0o777)
+    with pytest.raises(InputError, match=r"others may write .* found user \d+, drwxrwxrwx; remove"):
+        own_cache("aoti")
+    folder.chmod(0o755)
+    monkeypatch.setattr(folders.os, "geteuid", lambda: 54321)
+    with pytest.raises(InputError, match="expected a folder of user 54321 that others cannot"):
+        own_cache("aoti")
+
+
+def test_contents_are_compared_with_what_was_noted_down(tmp_path: Path) -> None:
+    path = tmp_path / "graph.pt2"
+    assert not is_as_recorded(path)
+    path.write_bytes(b"code")
+    assert not is_as_recorded(path)
+    record_content(path)
+    assert is_as_recorded(path)
+    path.write_bytes(b"evil")
+    assert not is_as_recorded(path)
 
 
 def test_a_full_disk_is_told_with_the_path(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ TABLE = ["compute", [0, 1, 1, 0], [1, 0, 1, 1], "reuse"]
 SCHEDULE = {"cachegraph": 1, "steps": len(TABLE), "policy": {"method": "table", "rows": TABLE}}
 FAULTS = ("error=ENOSPC", "error=EIO", "signal=KILL")
 CALLS = "%file,%desc"
+HANG, HUNG = 60, 4  # seconds; how such a save ends
 _NAMED = re.compile(r"^(?:\d+ +)?(\w+)\(")
 
 
@@ -75,9 +77,14 @@ def save_under(artifact: Artifact, place: Path, log: Path, options: Sequence[str
         time.sleep(0.005)
     os.write(go, b".")
     os.close(go)
-    _, status = os.waitpid(child, 0)
+    end = time.monotonic() + HANG
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.002)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
     watcher.wait()
-    return os.waitstatus_to_exitcode(status)
+    return HUNG if time.monotonic() >= end else os.waitstatus_to_exitcode(ended[1])
 
 
 def calls_of(artifact: Artifact, place: Path, log: Path) -> Counter[str]:
@@ -117,8 +124,8 @@ class Loop:
             found = self.digests[load_artifact(self.place).saved[self.place]]
         except (CachegraphError, OSError, KeyError) as error:
             found = f"FOUND {type(error).__name__}: {error}"
-        if ended == 3:
-            found = f"FOUND a raw error, {found}"
+        if ended in (3, HUNG):
+            found = f"FOUND {'a hang' if ended == HUNG else 'a raw error'}, {found}"
         self.old.save(self.place)
         beside = [path.name for path in self.place.parent.iterdir() if path != self.place]
         return f"FOUND {beside} left" if beside else found

@@ -174,7 +174,7 @@ class Trial:
         """The largest error of some images, one after another."""
         worst = 0.0
         for options in images:
-            steps = options.get("steps", STEPS)
+            steps = options.get("steps", getattr(self.spec, "default_steps", STEPS))
             found = self.spec.call(self.pipe, **options | {"steps": steps})
             branches = self.spec.cfg_calls if options.get("cfg", True) else 1
             plain, wanted = self.reference.draw(
@@ -183,7 +183,7 @@ class Trial:
             if relative_error(found, plain) < CLOSE:
                 return "fails: nothing was reused"
             worst = max(worst, relative_error(found, wanted))
-        return f"{worst:.0e}" if worst <= CLOSE else f"fails: {worst:.0e}"
+        return f"{worst:.1g}" if worst <= CLOSE else f"fails: {worst:.1g}"
 
 
 class AbortedError(Exception):
@@ -196,14 +196,71 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def more_pipelines(specs: Any) -> dict[str, type[Any]]:
+    """Pipelines of the same parts: two transformers, img2img, bfloat16 at the default steps."""
+    import diffusers
+
+    class Wan22(specs.Wan):
+        name = "Wan2.2"
+
+        def build(self) -> Any:
+            pipe, second = super().build(), specs.model("WanTransformer3D", 1)
+            pipe.register_modules(transformer_2=second)
+            pipe.register_to_config(boundary_ratio=0.9)
+            return pipe
+
+    class Flux2HalfPrecision(specs.Flux2):
+        name, default_steps, dtype = "Flux2, bfloat16, 50 steps", 50, torch.bfloat16
+
+        def build(self) -> Any:
+            return super().build().to(self.dtype)
+
+        def kw(self, options: Mapping[str, Any]) -> dict[str, Any]:
+            given = super().kw(options)
+            return {**given, "prompt_embeds": given["prompt_embeds"].to(self.dtype)}
+
+    class ImageToImage:
+        """From three quarters of the way on; the image stands for its own latents."""
+
+        def kw(self, options: Mapping[str, Any]) -> dict[str, Any]:
+            height, width = (side // 8 for side in options["size"])
+            image = specs.rnd(options["batch"], 4, height, width, seed=9)
+            return {**super().kw(options), "image": image, "strength": 0.75}  # type: ignore[misc]
+
+        def build(self) -> Any:
+            torch.manual_seed(0)
+            vae = diffusers.AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(4,) * 4,
+                norm_num_groups=2,
+                shift_factor=0.0,
+            )
+            parts = {**super().build().components, "vae": vae.eval()}  # type: ignore[misc]
+            return getattr(diffusers, self.pipeline)(**parts)
+
+    class SD3Image(ImageToImage, specs.SD3):
+        name, pipeline = "SD3 img2img", "StableDiffusion3Img2ImgPipeline"
+
+    class FluxImage(ImageToImage, specs.Flux):
+        name, pipeline = "Flux img2img", "FluxImg2ImgPipeline"
+
+        def kw(self, options: Mapping[str, Any]) -> dict[str, Any]:
+            height, width = options["size"]
+            image = specs.rnd(options["batch"], 3, height, width, seed=9).sigmoid()
+            return {**super().kw(options), "image": image}
+
+    return {c.name: c for c in (Wan22, Flux2HalfPrecision, SD3Image, FluxImage)}
+
+
 def load_specs(path: Path) -> dict[str, Any]:
-    """The classes of a file of specs, and of the file beside this one."""
+    """The classes of a file of specs, and more of their parts."""
     spec = importlib.util.spec_from_file_location("pipeline_specs", path)
     if spec is None or spec.loader is None:
         raise SystemExit(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ALL
+    return module.ALL | more_pipelines(module)
 
 
 def main() -> None:
@@ -212,7 +269,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="of pipelines; all where left out")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--out", type=Path, help="the page to write the table to")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     specs = load_specs(options.specs)
     rows = {}
@@ -224,8 +281,16 @@ def main() -> None:
             rows[name][column] = cell
             print(f"{name:14} {column:9} {cell}", flush=True)
         print(f"{name:14} {time.process_time() - start:.0f} s of CPU", flush=True)
-    if options.out is not None:
-        options.out.write_text(page(rows, options.backend), encoding="utf-8")
+        if options.out is not None:
+            written = rows_of(options.out) | rows
+            options.out.write_text(page(written, options.backend), encoding="utf-8")
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    """What a page's table says already, of pipelines that are not tried now."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[6:]]
+    return {name: dict(zip(COLUMNS, row, strict=False)) for name, *row in filter(None, cells)}
 
 
 def page(rows: Mapping[str, Mapping[str, str]], backend: str) -> str:

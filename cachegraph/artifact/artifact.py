@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from cachegraph.backends import AheadOfTime, Progress, check_all, get_backend
 from cachegraph.backends.named import named_graphs
-from cachegraph.errors import ArtifactError
+from cachegraph.errors import ArtifactError, nearest
 from cachegraph.folders import refuse_foreign, writing, written_whole
 from cachegraph.graph.provenance import NOTHING, Provenance
 from cachegraph.graph.serialise import graph_to_json
@@ -35,8 +35,9 @@ from cachegraph.graph.weights import (
     stamp,
 )
 from cachegraph.runtime.cuda_graph import recorders
-from cachegraph.runtime.known import Prologues, StepFunction
-from cachegraph.runtime.program import Program
+from cachegraph.runtime.known import REQUEST, Prologues, StepFunction, prologue_name
+from cachegraph.runtime.program import OtherPlan, Program
+from cachegraph.runtime.release import Released, only_before, refuse_release
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import Track
 
@@ -49,6 +50,7 @@ from .manifest import (
     SCHEDULE,
     Manifest,
     digest_in,
+    plan_file,
     record,
 )
 from .origin import Origin
@@ -77,6 +79,8 @@ class Artifact:
         device: that the weights are on.
         compiled: backend -> folder with what it compiled ahead of time.
         saved: folder of an artifact that holds some of these -> digest of its manifest.
+        plans: name -> schedule, as YAML, and plan, where there are several; the program's is the
+            first of them.
         provenance_text: where the nodes of the graphs come from, as JSON; empty where that is
             not known.
     """
@@ -91,6 +95,7 @@ class Artifact:
     device: torch.device
     compiled: dict[str, Path] = field(default_factory=dict)
     saved: dict[Path, str] = field(default_factory=dict)
+    plans: Mapping[str, tuple[str, OtherPlan]] = field(default_factory=dict)
     provenance_text: str = ""
     stamp: Stamp = field(init=False)
 
@@ -130,6 +135,33 @@ class Artifact:
         variants = f"{len(self.graphs)} variant{'s' if len(self.graphs) > 1 else ''}"
         return f"Artifact({method}, {steps} steps, {variants}, {self.backend}, {self.device})"
 
+    def plan(self, name: str) -> Artifact:
+        """The artifact of one of its plans, with the graphs that this runs.
+
+        Raises:
+            ArtifactError: it has no such plan.
+        """
+        if name not in self.plans:
+            raise ArtifactError(
+                f"the artifact has no plan {name!r}",
+                expected=", ".join(self.plans) or "one of several plans; it has but one",
+                remedy=nearest(name, self.plans),
+            )
+        text, other = self.plans[name]
+        whole = self.program.with_plan(other)
+        program = whole.without_others()
+        used = [self.program.variants.index(layout) for layout in program.variants]
+        names = {prologue_name(layout.name) for layout in program.variants} | {REQUEST}
+        return replace(
+            self,
+            program=program,
+            schedule_text=text,
+            graphs=[self.graphs[index] for index in used],
+            prologues={n: self.prologues[n] for n in self.prologues if n in names},
+            texts=tuple(self.texts[index] for index in used),
+            plans={},
+        )
+
     def runner(
         self,
         *,
@@ -138,6 +170,7 @@ class Artifact:
         timesteps: Sequence[float] | None = None,
         cuda_graphs: bool = False,
         functions: Sequence[StepFunction] | None = None,
+        release: bool = False,
     ) -> Runner:
         """A callable with the traced model's signature.
 
@@ -147,21 +180,41 @@ class Artifact:
             timesteps: the sampler's, in place of the schedule's; see :class:`Runner`.
             cuda_graphs: record each step's kernels once and launch them all at once.
             functions: of a runner of the same graphs, to use again.
+            release: leave weights that only prologues use out of memory while steps run.
 
         Raises:
             BackendError: unknown backend, or one whose work cannot be recorded.
-            InputError: ``cuda_graphs`` on a device without them.
+            InputError: ``cuda_graphs`` on a device without them, or ``release`` where weights are
+                not mapped from a folder or are needed at every step.
             SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         """
         refuse_changed(self.weights, self.stamp)
         chosen = get_backend(backend or self.backend)
         recorder = recorders(self.device, chosen.name) if cuda_graphs else None
         prologues = Prologues.of(self.program, self.prologues, batched=not chosen.exact)
+        if release:
+            prologues = replace(prologues, released=self._released(chosen.name, chosen.exact))
         functions = self.functions(backend) if functions is None else functions
         place = str(next(iter(self.saved), ""))
-        return Runner(
-            self.program, functions, self.weights, track, prologues, timesteps, recorder, place
-        )
+
+        def make(program: Program, times: Sequence[float] | None) -> Runner:
+            return Runner(
+                program, functions, self.weights, track, prologues, times, recorder, place
+            )
+
+        runner = make(self.program, timesteps)
+        for number, (name, (_, other)) in enumerate(self.plans.items()):
+            program = self.program.with_plan(other)
+            fits = timesteps is not None and len(timesteps) == len(program.steps)
+            alone = runner if number == 0 else make(program, timesteps if fits else None)
+            runner.plans[name] = alone
+        return runner
+
+    def _released(self, backend: str, exact: bool) -> Released:
+        refuse_release(self.device, mapped=bool(self.saved), exact=exact, backend=backend)
+        steps = [module.graph for module in self.graphs]
+        names = only_before(steps, [module.graph for module in self.prologues.values()])
+        return Released([self.weights[name] for name in sorted(names)])
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Artifact:
         """The same loop, whose graphs take other tensors from now on.
@@ -266,6 +319,8 @@ class Artifact:
         stored, aliases = distinct(self.weights)
         digests = save_weights(stored, folder / WEIGHTS_FILE)
         (folder / SCHEDULE).write_text(self.schedule_text)
+        for name, (text, _) in self.plans.items():
+            (folder / plan_file(name)).write_text(text)
         (folder / GRAPHS).mkdir()
         names = [layout.name for layout in self.program.variants]
         for name, text in zip(names, self.texts, strict=True):
@@ -283,6 +338,7 @@ class Artifact:
             weights=digests,
             aliases=aliases,
             program=self.program,
+            plans={name: other for name, (_, other) in self.plans.items()},
             made_from=origin.digest if origin is not None and origin.unchanged() else None,
         ).write(folder)
 

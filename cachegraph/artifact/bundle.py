@@ -26,6 +26,10 @@ from .artifact import Artifact
 
 FORMAT = 1
 LOOP = "loop.json"
+BF16 = (
+    "OpenVINO computes in bf16 by default on processors that can, which changes images: "
+    "set INFERENCE_PRECISION_HINT to f32."
+)
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ def _readme(program: Program, graphs: Mapping[str, NamedGraph], steps: tuple[Loo
         "",
         "Calls of cond and uncond that are separate have a `kept` each. Tensors that are kept can "
         "stay on the device; nothing changes them.",
+        "",
+        BF16,
         "",
         "## Steps",
         "",

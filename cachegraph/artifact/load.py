@@ -26,6 +26,7 @@ from .manifest import (
     SCHEDULE,
     Manifest,
     digest_in,
+    plan_file,
     read_file,
     read_manifest,
 )
@@ -42,9 +43,13 @@ def load(
     backend: str | None = None,
     timesteps: Sequence[float] | None = None,
     cuda_graphs: bool = False,
+    release: bool = False,
     verify: bool = True,
 ) -> Runner:
     """A compiled model, callable as the traced one was; needs no model code.
+
+    An artifact compiled for ``aoti`` or ``tensorrt`` holds machine code, which runs here: load only
+    those that you trust. Those for ``eager``, ``inductor`` and ``onnx`` are data.
 
     Args:
         artifact: a folder, or what :func:`compile` returned.
@@ -60,11 +65,16 @@ def load(
         cuda_graphs: record the kernels of each kind of step once and launch them all at once. Each
             branch of a session records graphs of its own, anew for another batch: about one a
             variant and set of token counts, see ``runtime.cuda_graph.plan_launches``.
+        release: leave weights that only prologues use, such as those of modulation, out of memory
+            while steps run: they are read from the folder again when a prologue runs. It takes
+            timesteps that are known: said here or in the schedule, else from the second trajectory
+            on.
         verify: compare the weights of a folder with their digests: about 0.8 seconds for the 2.7 GB
             of DiT-XL/2 on two cores.
 
     Raises:
-        InputError: ``cuda_graphs`` on a device without them.
+        InputError: ``cuda_graphs`` on a device without them, or ``release`` of weights that are not
+            mapped from a folder or that every step needs.
         BackendError: ``cuda_graphs`` with a backend whose work cannot be recorded.
         SessionError: ``track`` is unknown, or ``timesteps`` do not fit the schedule.
         ArtifactError: the folder is missing, half-written, damaged, edited or newer.
@@ -72,7 +82,11 @@ def load(
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact, device, verify=verify)
     return artifact.runner(
-        track=track, backend=backend, timesteps=timesteps, cuda_graphs=cuda_graphs
+        track=track,
+        backend=backend,
+        timesteps=timesteps,
+        cuda_graphs=cuda_graphs,
+        release=release,
     )
 
 
@@ -118,6 +132,8 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
     program = manifest.program
     graphs = {name: _content(contents, f"{GRAPHS}/{name}.json") for name in graph_names(program)}
     check_program(program, graphs, weights, str(folder))
+    for other in manifest.plans.values():
+        check_program(program.with_plan(other), {}, weights, str(folder))
 
     def read(name: str) -> fx.GraphModule:
         # What is compiled ahead of time runs without its graph, and making one takes a moment.
@@ -139,6 +155,10 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
         device=device,
         compiled={name: folder / COMPILED / name for name in sorted(backends)},
         saved={folder: manifest.digest},
+        plans={
+            name: (_content(contents, plan_file(name)), other)
+            for name, other in manifest.plans.items()
+        },
         provenance_text=contents.get(PROVENANCE, b"").decode(),
     )
 

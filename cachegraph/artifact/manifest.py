@@ -14,16 +14,17 @@ from typing import Any
 from cachegraph.downloads import mistaken
 from cachegraph.errors import ArtifactError
 from cachegraph.graph.weights import WEIGHTS_FILE
-from cachegraph.runtime.program import Program
+from cachegraph.runtime.program import OtherPlan, Program
 
 from .data import DataError, from_data, to_data
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"
 GRAPHS = "graphs"
 PROVENANCE = "provenance.json"
+_CODE = (".pt2", ".engine")  # machine code, which loading runs
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Manifest:
         weights: name -> SHA-256 of the tensor's bytes.
         aliases: name -> the weight that it is another name of.
         program: what the steps do.
+        plans: by name, where there are several; that of the program is the first.
         made_from: digest of all that it was made from, where that can be told.
     """
 
@@ -54,6 +56,7 @@ class Manifest:
     weights: Mapping[str, str]
     aliases: Mapping[str, str]
     program: Program
+    plans: Mapping[str, OtherPlan]
     made_from: str | None
 
     @cached_property
@@ -67,7 +70,9 @@ class Manifest:
         (folder / MANIFEST).write_text(content)
 
     def _data(self) -> dict[str, Any]:
-        return {"cachegraph": FORMAT, **to_data(self, Manifest)}
+        # For people and tools that look at one; nothing here goes by it.
+        says = {"holds_code": any(name.endswith(_CODE) for name in self.files)}
+        return {"cachegraph": FORMAT, **says, **to_data(self, Manifest)}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -118,6 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _typed(manifest: dict[str, Any], folder: Path) -> Manifest:
     del manifest["cachegraph"]
+    manifest.pop("holds_code", None)
     try:
         found: Manifest = from_data(manifest, Manifest)
     except DataError as error:
@@ -159,6 +165,11 @@ def read_file(folder: Path, name: str, expected: FileRecord) -> bytes:
         found=instead or found,
         remedy=remedy or "compile the artifact again",
     )
+
+
+def plan_file(name: str) -> str:
+    """The file of a plan's schedule, where an artifact has several."""
+    return f"schedule-{name}.yaml"
 
 
 def record(path: Path) -> FileRecord:

@@ -53,7 +53,11 @@ class Origin:
 
 
 def find_origin(
-    model: str, read: Sequence[Path] | None, schedule: Schedule, options: Mapping[str, object]
+    model: str,
+    read: Sequence[Path] | None,
+    schedule: Schedule,
+    options: Mapping[str, object],
+    others: Mapping[str, Schedule] | None = None,
 ) -> Origin | None:
     """The origin of what ``cachegraph compile`` makes, or None where it cannot be told for sure.
 
@@ -62,10 +66,12 @@ def find_origin(
         read: the files that hold all of it: :func:`cachegraph.compiler.sources.model_files`.
         schedule: what is asked for.
         options: all else that tells what is made, as plain data.
+        others: the schedules of an artifact of several plans, by name.
     """
     if read is None:
         return None
-    given = [*read, *schedule.policy.files().values()]
+    asked = [schedule, *(others or {}).values()]
+    given = [*read, *(file for one in asked for file in one.policy.files().values())]
     files = {file: _state(file) for file in given}
     code, around = surroundings()
     if any(max(state[:2]) / 1e9 > BEGAN - _CLOCK for state in code.values()):
@@ -73,6 +79,7 @@ def find_origin(
     described = {
         "model": [file.suffix for file in read] or model,  # files may be moved
         "schedule": schedule.to_yaml(),
+        "others": {name: one.to_yaml() for name, one in (others or {}).items()},
         "options": dict(options),
         "given": [content_digest(file) for file in given],
         **around,

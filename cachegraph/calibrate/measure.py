@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from cachegraph.errors import InputError, ScheduleError, nearest
+from cachegraph.errors import InputError, ScheduleError
 from cachegraph.folders import writing
 from cachegraph.plan.action import Forecast
 from cachegraph.schedule.rows import make_rows
@@ -75,21 +75,9 @@ def load_sampler(text: str) -> Sampler:
     Raises:
         InputError: there is no such module or function.
     """
-    from cachegraph.compiler.sources import import_module
+    from cachegraph.compiler.sources import import_function
 
-    if not all(text.partition(":")):
-        raise InputError("not a sampler", place=text, expected="module:function")
-    module, name = import_module(text, InputError)
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise InputError(
-            f"module {module.__name__!r} has no function {name!r}",
-            place=text,
-            expected="a function of the model and a seed",
-            remedy=nearest(name, known),
-        )
-    return found
+    return import_function(text, "sampler", "a function of the model and a seed")
 
 
 def digits_sampler(steps: int) -> Sampler:

@@ -20,11 +20,14 @@ from cachegraph.errors import CachegraphError, printable
 from .bench import bench
 from .calibrate import calibrate, import_router_file
 from .compile import compile_model, verify
+from .evaluate import evaluate
 from .export import export
 from .options import examples
 from .plan import inspect, show_plan
 from .report import report
 from .sample import sample
+from .search import compare, import_steps, search
+from .train_router import train_router
 
 
 class _Commands(TyperGroup):
@@ -162,6 +165,14 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         sample,
         "cachegraph sample digits --schedule fora-n3 -o digits.png",
         "cachegraph sample digits-fora-n3.cgraph -o sevens.png --classes 7,7,7 --seed 1",
+        "torchrun --nproc-per-node 8 -m cachegraph sample xl.cgraph --num 50000 -o xl.npz "
+        "--vae sd-vae --device cuda",
+    ),
+    (
+        "evaluate",
+        evaluate,
+        "cachegraph evaluate fora.npz uncached.npz --extractor inception.pt -o fora.json",
+        "cachegraph evaluate digits-fora.npz digits-full.npz",
     ),
     (
         "bench",
@@ -177,9 +188,36 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph calibrate model.pt --sampler my_sampler:run --steps 20 -o smooth.yaml",
     ),
     (
+        "train-router",
+        train_router,
+        "cachegraph train-router DiT-XL-2-256x256.pt --steps 10 -o harmonica-10 --device cuda",
+        "torchrun --nproc-per-node 2 -m cachegraph train-router digits --steps 10 -o digits-10",
+        "cachegraph train-router model.pt --method l2c --steps 20 --data latents -o l2c-20",
+    ),
+    (
+        "search",
+        search,
+        "cachegraph search digits --budget 10 -o fast.yaml",
+        "cachegraph search digits --seconds 1.2 --backend inductor -o fast.yaml",
+        "cachegraph search model.pt --speedup 2.5 --sampler my_sampler:run -o fast.yaml",
+    ),
+    (
+        "compare",
+        compare,
+        "cachegraph compare digits -s fora-n5 -s taylorseer-n5 -s fast.yaml --plot front.png",
+        "cachegraph compare model.pt --sampler my_sampler:run -s a.yaml -s b.yaml -o numbers.json",
+    ),
+    (
         "import-router",
         import_router_file,
         "cachegraph import-router DDIM20_router.pt -o mask.yaml --threshold 0.1",
+    ),
+    (
+        "import-schedule",
+        import_steps,
+        "cachegraph import-schedule scm:medium -o medium.yaml",
+        "cachegraph import-schedule cem-priors-dit.pt --full 14 -o cem.yaml",
+        "cachegraph import-schedule lemica.txt --steps 50 --order 1 -o lemica.yaml",
     ),
 )
 for _name, _command, *_lines in _COMMANDS:

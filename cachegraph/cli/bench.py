@@ -11,7 +11,7 @@ import typer
 from cachegraph.errors import InputError
 from cachegraph.folders import writing
 
-from .options import ArchOption, InputOption, SizeOption, argument, schedule_option
+from .options import CODE, ArchOption, InputOption, SizeOption, argument, schedule_option
 from .output import progress, show
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _Model = Annotated[
     str,
     argument(
-        "MODEL", "A model as for compile, or an architecture such as DiT-XL/2 (random weights)."
+        "MODEL",
+        f"A model as for compile, or an architecture such as DiT-XL/2 (random weights). {CODE}",
     ),
 ]
 _Schedules = Annotated[list[str], schedule_option("A YAML file or preset; once for each.")]

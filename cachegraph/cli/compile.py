@@ -11,16 +11,17 @@ import typer
 from cachegraph.errors import CachegraphError, InputError
 
 from .options import (
+    CODE,
     ArchOption,
     DisableOption,
     ForceOption,
     InputOption,
     ModelArgument,
     OutOption,
-    ScheduleOption,
     SeedOption,
     VaryingOption,
     argument,
+    schedule_option,
 )
 from .output import Say, progress, show
 
@@ -44,7 +45,10 @@ class _Options:
 
 def compile_model(
     model: ModelArgument,
-    schedule: ScheduleOption,
+    schedules: Annotated[
+        list[str],
+        schedule_option("A YAML file, or a preset such as fora-n3; several for as many plans."),
+    ],
     out: OutOption = None,
     backend: Annotated[
         str, typer.Option(help="What runs the graphs: eager, inductor, aoti, onnx or tensorrt.")
@@ -61,21 +65,17 @@ def compile_model(
     """Compile a model's denoising loop under a schedule and write it as an artifact."""
     from cachegraph.artifact.load import is_made_from, load_artifact
     from cachegraph.artifact.origin import find_origin
-    from cachegraph.backends import get_backend
     from cachegraph.compiler.sources import model_files, open_model
     from cachegraph.oracle.trial import warm_up
-    from cachegraph.passes import passes_without
-    from cachegraph.schedule.schedule import load_schedule
 
-    asked = load_schedule(schedule)
-    get_backend(backend)  # a wrong name is told before any work
-    passes_without(disable or ())
-    _refuse_overwrite(out)
-    name = Path(schedule).stem
+    asked = _asked(schedules)
+    _check(backend, disable or [], out)
+    name, (first, *_) = "-".join(asked), asked.values()
     how = _Options(backend, arch, inputs or [], static_batch, varying or [], disable or [])
     with progress() as say:
         say("looking for what is there already")
-        origin = find_origin(model, model_files(model), asked, asdict(how))
+        others = asked if len(asked) > 1 else {}
+        origin = find_origin(model, model_files(model), first, asdict(how), others)
         title = Path(model).stem
         target = out or Path(f"{title}-{name}.cgraph")
         kept = not force and origin is not None and is_made_from(target, origin)
@@ -95,22 +95,49 @@ def compile_model(
     _show_artifact(f"{title}, {name}", artifact, target)
 
 
-def _make(source: Source, schedule: Schedule, how: _Options, say: Say) -> Artifact:
-    """The artifact, in memory."""
-    from cachegraph.compiler.compile import assemble, build
+def _check(backend: str, disable: list[str], out: Path | None) -> None:
+    """Wrong names are told before any work."""
+    from cachegraph.backends import get_backend
+    from cachegraph.passes import passes_without
 
-    built = build(
-        source.model,
-        schedule,
-        source.args,
-        source.kwargs,
-        dynamic_batch=not how.static_batch,
-        varying=how.varying,
-        disable=how.disable,
-        progress=say,
-    )
+    get_backend(backend)
+    passes_without(disable)
+    _refuse_overwrite(out)
+
+
+def _asked(schedules: list[str]) -> dict[str, Schedule]:
+    """The schedules by name, each of which is a plan where there are several."""
+    from cachegraph.schedule.schedule import load_schedule
+
+    asked = {Path(text).stem: load_schedule(text) for text in schedules}
+    if len(asked) != len(schedules):
+        raise InputError("two schedules have one name", found=", ".join(schedules))
+    return asked
+
+
+def _make(source: Source, asked: dict[str, Schedule], how: _Options, say: Say) -> Artifact:
+    """The artifact of all schedules, in memory."""
+    from cachegraph.compiler.compile import assemble, build
+    from cachegraph.compiler.join import join
+
+    made: dict[str, Artifact] = {}
+    traced = None
+    for name, schedule in asked.items():
+        built = build(
+            source.model,
+            schedule,
+            source.args,
+            source.kwargs,
+            dynamic_batch=not how.static_batch,
+            varying=how.varying,
+            disable=how.disable,
+            traced=traced,
+            progress=say,
+        )
+        traced = built.traced
+        made[name] = assemble(built, how.backend)
     say("writing the artifact")
-    return assemble(built, how.backend)
+    return join(made)
 
 
 def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
@@ -118,15 +145,17 @@ def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
     from cachegraph.show.picture import size, summary
     from cachegraph.show.view import choices, view_artifact
 
-    view = view_artifact(artifact)
     heading += choices(artifact.program.varying, artifact.program.disabled)
-    show(summary(heading, view.plan, view.cost, view.batch_text))
+    for name in artifact.plans or (None,):
+        view = view_artifact(artifact if name is None else artifact.plan(name))
+        title = heading if name is None else f"{heading}: plan {name}"
+        show(summary(title, view.plan, view.cost, view.batch_text))
     written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     show(f"artifact  {path}, {size(written)}, backend {artifact.backend}")
 
 
 def verify(
-    artifact: Annotated[Path, argument("ARTIFACT", "What compile wrote.")],
+    artifact: Annotated[Path, argument("ARTIFACT", f"What compile wrote. {CODE}")],
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", show_default=False, help="The model that it was made from."),

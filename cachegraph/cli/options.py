@@ -13,6 +13,12 @@ def argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, show_default=False, help=text)
 
 
+CODE = (
+    "Programs (.pt2), factories, and artifacts compiled for aoti or tensorrt run code: open only "
+    "those that you trust."
+)
+
+
 def schedule_option(text: str) -> Any:
     """The option that names a schedule, or several."""
     return typer.Option("--schedule", "-s", metavar="SCHEDULE", show_default=False, help=text)
@@ -23,15 +29,16 @@ ModelArgument = Annotated[
     argument(
         "MODEL",
         "Weights of a known architecture (.pt, .pth, .safetensors), a torch.export program "
-        "(.pt2), a diffusers model folder, module:factory, or the shipped model digits. Programs "
-        "and factories run code: open only those that you trust.",
+        "(.pt2), a diffusers model folder, module:factory, or the shipped model digits. "
+        f"{CODE}",
     ),
 ]
 ShapesArgument = Annotated[
     str,
     argument(
         "MODEL",
-        "An architecture such as DiT-XL/2, or a model as for compile. No weights are needed.",
+        "An architecture such as DiT-XL/2, or a model as for compile. No weights are needed. "
+        f"{CODE}",
     ),
 ]
 ScheduleOption = Annotated[str, schedule_option("A YAML file, or a preset such as fora-n3.")]
@@ -90,7 +97,7 @@ SizeOption = Annotated[
     ),
 ]
 WhatArgument = Annotated[
-    str, argument("WHAT", "An artifact, an ONNX file or a folder of some, or a model.")
+    str, argument("WHAT", f"An artifact, an ONNX file or a folder of some, or a model. {CODE}")
 ]
 VariantOption = Annotated[
     str | None,
@@ -111,6 +118,7 @@ HtmlOption = Annotated[
 SitesOption = Annotated[
     bool, typer.Option("--sites", help="List the sites; of a model, without a schedule too.")
 ]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; under torchrun each its own GPU.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
 
 

@@ -1,34 +1,155 @@
-"""The command that draws images with the shipped model."""
+"""The command that draws images: some as a picture, or many as a file to be judged."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cachegraph.errors import InputError
 
-from .options import MaybeSchedule, SeedOption, argument
+from .options import CODE, DeviceOption, MaybeSchedule, SeedOption, argument
 from .output import Say, is_artifact, progress, show
 
 if TYPE_CHECKING:
+    from cachegraph.images.source import Asked
     from cachegraph.runtime.runner import Runner
+
+_MANY = "Many images"  # panel of the help page
+_What = Annotated[
+    str,
+    argument(
+        "MODEL_OR_ARTIFACT",
+        "For a picture the shipped model digits, or an artifact made from it; with --num any "
+        f"artifact, or a model as for compile. {CODE}",
+    ),
+]
+_Out = Annotated[
+    Path,
+    typer.Option(
+        *("--out", "-o"), metavar="FILE", show_default=False, help="A PNG; .npz with --num."
+    ),
+]
+_Classes = Annotated[
+    str | None,
+    typer.Option(help="Classes to draw, such as 0-9 or 3,3,7; with --num in turn, else drawn."),
+]
+_Cfg = Annotated[
+    float | None,
+    typer.Option(help="Strength of guidance; 1 is none. By default 2 for digits, else 1.5."),
+]
+_Num = Annotated[
+    int | None,
+    typer.Option(
+        *("--num", "--num-fid-samples"), min=1, rich_help_panel=_MANY, help="How many images."
+    ),
+]
+_Sampler = Annotated[
+    Literal["ddim", "ddpm"], typer.Option(rich_help_panel=_MANY, help="As in DiT's code.")
+]
+_Batch = Annotated[
+    int, typer.Option(min=1, rich_help_panel=_MANY, help="Images between two savings.")
+]
+_PerCall = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        rich_help_panel=_MANY,
+        help="Images in a call of the model; another number may round otherwise.",
+    ),
+]
+_Vae = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", rich_help_panel=_MANY, help="Of a diffusers AutoencoderKL."),
+]
+_Prompts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.txt", rich_help_panel=_MANY, help="A prompt a line, in turn."),
+]
+_Embeddings = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.safetensors",
+        rich_help_panel=_MANY,
+        help="Of the prompts, by the model's input; of no prompt as null.NAME.",
+    ),
+]
+_NumClasses = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=_MANY, help="10 for digits, else 1000.")
+]
 
 
 def sample(
-    what: Annotated[
-        str, argument("MODEL_OR_ARTIFACT", "The shipped model digits, or an artifact made from it.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE.png", show_default=False, help="A PNG.")
-    ],
+    what: _What,
+    out: _Out,
     schedule: MaybeSchedule = None,
-    classes: Annotated[str, typer.Option(help="Digits to draw, such as 0-9 or 3,3,7.")] = "0-9",
-    cfg: Annotated[float, typer.Option(help="Strength of guidance; 1 is none.")] = 2.0,
+    classes: _Classes = None,
+    cfg: _Cfg = None,
     seed: SeedOption = 0,
+    num: _Num = None,
+    sampler: _Sampler = "ddim",
+    batch_size: _Batch = 64,
+    per_call: _PerCall = 8,
+    vae: _Vae = None,
+    prompts: _Prompts = None,
+    embeddings: _Embeddings = None,
+    num_classes: _NumClasses = None,
+    device: DeviceOption = "cpu",
 ) -> None:
-    """Draw images of digits with the shipped model under a schedule."""
+    """Draw images under a schedule: of digits as a picture, or with --num as many as you like.
+
+    With --num, noise and label of an image depend on its index and the seed alone. Under torchrun
+    several processes draw together and make the same file; one that was stopped goes on.
+    """
+    if num is None:
+        _picture(what, out, schedule, classes or "0-9", 2.0 if cfg is None else cfg, seed)
+        return
+    from cachegraph.images.source import Asked
+    from cachegraph.show.image_grid import parse_classes
+
+    if out.suffix != ".npz":
+        raise InputError("many images are written as .npz", place=str(out), expected="FILE.npz")
+    labels = tuple(parse_classes(classes)) if classes is not None else ()
+    asked = Asked(sampler, seed, cfg, labels, num_classes, vae, prompts, embeddings)
+    _many(what, out, schedule, asked, num, (batch_size, per_call), device)
+
+
+def _many(
+    what: str,
+    out: Path,
+    schedule: str | None,
+    asked: Asked,
+    num: int,
+    sizes: tuple[int, int],
+    device: str,
+) -> None:
+    from cachegraph.images.run import sample_images
+    from cachegraph.images.source import drawing_of, identity, open_runner
+    from cachegraph.world import joined, own_device
+
+    where = own_device(device)
+    with joined(where) as world, progress() as say:
+        runner, name = open_runner(what, schedule, where, say)
+        drawing = drawing_of(runner, asked)
+        made = sample_images(
+            drawing,
+            out,
+            num,
+            identity(name, drawing, asked),
+            per_call=sizes[1],
+            batch=sizes[0],
+            world=world,
+            progress=say,
+        )
+        first = world.first
+    if first:
+        show(f"{out}: {num} images" + ("" if made else ", as it was"))
+
+
+def _picture(
+    what: str, out: Path, schedule: str | None, classes: str, cfg: float, seed: int
+) -> None:
     from cachegraph.show.image_grid import check_image_path, parse_classes, write_grid
     from cachegraph.show.picture import plural
     from cachegraph.zoo import sample_digits
@@ -53,28 +174,20 @@ def sample(
 
 def _digits_runner(what: str, schedule: str | None, say: Say) -> Runner:
     """The digit model compiled under a schedule, or read from an artifact."""
-    from cachegraph.artifact.load import load_artifact
-    from cachegraph.compiler.compile import compile
-    from cachegraph.schedule.schedule import load_schedule
-    from cachegraph.zoo import load_model
+    import torch
+
+    from cachegraph.images.source import open_runner
     from cachegraph.zoo.digits import IMAGE_SHAPE
 
     elsewhere = (
-        "other models are sampled in their own sampler: compile the model, then there "
+        "sample others with --num N -o samples.npz, or in their own sampler: "
         "run = cachegraph.load('NAME.cgraph') and call run(...) as the model"
     )
-    if is_artifact(what):
-        if schedule is not None:
-            raise InputError("an artifact has its own schedule", place=what, remedy="leave out -s")
-        say("reading the artifact")
-        artifact = load_artifact(what)
-        shapes = [spec.shape[1:] for _, spec in artifact.program.signature.inputs]
-        if shapes != [IMAGE_SHAPE, (), ()]:
-            raise InputError("not an artifact of digits", place=what, remedy=elsewhere)
-        return artifact.runner()
-    if what != "digits":
-        raise InputError("only the model digits has a sampler here", place=what, remedy=elsewhere)
-    if schedule is None:
-        raise InputError("a model needs --schedule, or give an artifact", place=what)
-    asked = load_schedule(schedule)
-    return compile(load_model(what), asked, backend="eager", progress=say).runner()
+    if not is_artifact(what) and what != "digits":
+        reason = "only digits are drawn as a picture"
+        raise InputError(reason, place=what, remedy=elsewhere)
+    runner, _ = open_runner(what, schedule, torch.device("cpu"), say)
+    shapes = [spec.shape[1:] for _, spec in runner.program.signature.inputs]
+    if shapes != [IMAGE_SHAPE, (), ()]:
+        raise InputError("not an artifact of digits", place=what, remedy=elsewhere)
+    return runner

@@ -16,6 +16,7 @@ from cachegraph.graph.step_graph import CONSTANT, StepGraph, merge_prologues, re
 from cachegraph.plan.cost import PlanCost
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.slot import ConstantKind, StepConstant
+from cachegraph.runtime.release import only_before
 from cachegraph.spec import TensorSpec
 
 from .sized import SizedCalls
@@ -58,9 +59,21 @@ def plan_cost(
         full_flops=count_flops(full, symbols, calls=calls).fixed,
         cache_bytes=plan.cache_bytes(symbols),
         known_bytes=known_bytes(plan, graphs, symbols, ahead=True),
-        weight_bytes=sum({t.data_ptr() or id(t): t.nbytes for t in weights.values()}.values()),
+        weight_bytes=_stored_bytes(weights),
+        prologue_bytes=_stored_bytes({name: weights[name] for name in _only_before(graphs)}),
     )
     return replace(cost, peak_bytes=predict_peaks(plan, graphs, cost, compiled=True, calls=calls))
+
+
+def _stored_bytes(weights: Mapping[str, Tensor]) -> int:
+    """Of the tensors, each storage once."""
+    return sum({t.data_ptr() or id(t): t.nbytes for t in weights.values()}.values())
+
+
+def _only_before(graphs: Sequence[StepGraph]) -> set[str]:
+    """Weights that only prologues use."""
+    before = [p.graph for step in graphs for p in (step.request, step.prologue) if p is not None]
+    return only_before([step.graph for step in graphs], before)
 
 
 def known_bytes(

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from cachegraph.errors import PlanError
 from cachegraph.model.site import Site, SiteKind, blocks_of, describe
 from cachegraph.model.trace import TracedModel
-from cachegraph.plan.action import Compute, Refresh, Row
+from cachegraph.plan.action import Action, Compute, Refresh, Row
 from cachegraph.plan.plan import Plan
 
 
 def toca_flops(
     rows: Sequence[Row], sites: Sequence[Site], *, batch: int, heads: int
 ) -> tuple[int, ...]:
-    """FLOPs of each step as the published ToCa and DuCa count them for DiT.
+    """FLOPs of each step as the published ToCa and DuCa count them for DiT, or do them for FLUX.
 
     Per block, with n tokens of C channels, h heads of d channels and k tokens recomputed
     (Shenyi-Z/ToCa, ``DiT-ToCa/models.py`` and ``cache_functions/attention.py``)::
@@ -27,6 +27,11 @@ def toca_flops(
     A block that is skipped counts nothing, one whose result is thrown away counts. Embedding and
     final layer are not counted.
 
+    For FLUX there is no counter, but a published total. These are the products that its code does,
+    2 FLOPs a multiply-add (``flux-ToCa``, ``modules/layers.py``): attention with its map, from
+    which scores are taken without another product; in partial steps the kept attention of a block
+    of two streams projected again.
+
     Args:
         rows: one a step, one action a site.
         sites: every site of the model.
@@ -37,6 +42,12 @@ def toca_flops(
         PlanError: the model is not made like DiT.
     """
     index = {site.name: i for i, site in enumerate(sites)}
+    if any(site.fused for site in sites):
+        places = [[index[site.name] for site in block] for block in blocks_of(sites)]
+        return tuple(
+            sum(batch * _flux_block([(sites[i], row[i]) for i in block]) for block in places)
+            for row in rows
+        )
     stacks = [i for i, site in enumerate(sites) if site.kind == SiteKind.STACK]
     blocks = [_Block(block, index, batch, heads) for block in blocks_of(sites)]
     return tuple(
@@ -65,6 +76,25 @@ def count_toca(plan: Plan, traced: TracedModel, batch: int | None) -> tuple[int,
     heads = query.args[0].meta["val"].shape[1] if query is not None else 0
     size = traced.signature.inputs[0][1].sizes(traced.symbols)[0]
     return toca_flops(plan.rows, plan.sites, batch=batch or size, heads=int(heads))
+
+
+def _flux_block(block: Sequence[tuple[Site, Action]]) -> int:
+    """Products of one sample in a block of FLUX; an mlp is four times as wide as the stream."""
+    flops = 0
+    for site, action in block:
+        sizes = [value.spec.shape for value in site.values]
+        if not all(len(s) == 3 and isinstance(s[1], int) and isinstance(s[2], int) for s in sizes):
+            _sizes(site)  # refuses
+        n, c = sum(int(s[1]) for s in sizes), int(sizes[0][2])
+        k = action.tokens if isinstance(action, Refresh) else n * isinstance(action, Compute)
+        whole = isinstance(action, Compute)
+        if site.kind == SiteKind.MLP:
+            flops += 16 * k * c**2
+        elif site.fused:  # the halves of two projections that make an mlp; queries to attention
+            flops += 18 * k * c**2 + whole * (6 * n * c**2 + 4 * n**2 * c) + 6 * c**2
+        else:
+            flops += whole * (6 * n * c**2 + 4 * n**2 * c) + 2 * n * c**2 + 24 * c**2
+    return flops
 
 
 class _Block:

@@ -15,7 +15,7 @@ from cachegraph.model.trace import TracedModel
 from cachegraph.plan.action import Refresh, sources
 from cachegraph.plan.cost import PlanCost
 from cachegraph.plan.plan import Plan
-from cachegraph.plan.slot import EXTRAS, ORDER, slot_key
+from cachegraph.plan.slot import EXTRAS, INNER, ORDER, slot_key
 from cachegraph.plan.variant import VALUES
 from cachegraph.runtime.known import REQUEST, prologue_name
 from cachegraph.runtime.program import Made, Program, Step, VariantLayout
@@ -52,7 +52,7 @@ def make_program(
             for step, variant in enumerate(plan.variant_of)
         ),
         variants=layouts,
-        request=_prologue_interface(request, Role.REQUEST),
+        request=prologue_interface(request, Role.REQUEST),
         signature=traced.signature,
         lasting=_lasting(graphs, traced),
         batch=traced.batch,
@@ -110,7 +110,7 @@ def _input(node: fx.Node) -> Port:
     return Port(name, spec, Role.MODEL)
 
 
-def _prologue_interface(module: fx.GraphModule | None, role: Role) -> Interface | None:
+def prologue_interface(module: fx.GraphModule | None, role: Role) -> Interface | None:
     """An output is called as the input that takes it."""
     if module is None:
         return None
@@ -130,7 +130,7 @@ def _layout(graph: StepGraph, traced: TracedModel) -> VariantLayout:
         warnings.warn(
             f"{name}: values known beforehand are computed step by step: {problem}", stacklevel=2
         )
-    prologue = _prologue_interface(graph.prologue, Role.STEP)
+    prologue = prologue_interface(graph.prologue, Role.STEP)
     return VariantLayout(name, interface_of(graph), prologue, problem)
 
 
@@ -140,7 +140,7 @@ def _step(plan: Plan, graph: StepGraph, interface: Interface, step: int) -> Step
     for node in graph.inputs:
         if (slot := node.meta.get(SLOT)) is not None:
             made = sources(action := plan.rows[step][index[slot.site]])[slot.age]
-            if slot.value == ORDER and isinstance(action, Refresh):
+            if slot.value in (ORDER, INNER) and isinstance(action, Refresh):
                 made = action.scored
             slots[str(node.target)] = made
         elif CONSTANT in node.meta:

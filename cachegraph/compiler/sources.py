@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,8 @@ def open_model(
 ) -> Source:
     """Opens whatever MODEL names.
 
+    A ``.pt2`` program and a factory are code, which runs here: open only those that you trust.
+
     Args:
         text: a weights file, ``.pt2`` program, diffusers folder, ``module:factory`` or shipped
             model; with ``shapes_only`` or ``random_weights`` also an architecture such as
@@ -118,9 +120,9 @@ def check_model_file(text: str) -> None:
 
 
 def is_architecture(text: str) -> bool:
-    """True for ``DiT-XL/2`` and ``DiT(depth=2)``; such a model has no weights."""
+    """True for ``DiT-XL/2``, ``FLUX`` and ``DiT(depth=2)``; such a model has no weights."""
     families = "|".join(re.escape(architecture.name) for architecture in ARCHITECTURES)
-    return text in _SIZES or re.fullmatch(rf"\s*({families})\s*\(.*\)\s*", text) is not None
+    return text in _SIZES or re.fullmatch(rf"\s*({families})\s*(\(.*\))?\s*", text) is not None
 
 
 def _open(
@@ -141,7 +143,7 @@ def _open(
     if is_architecture(text):
         if shapes_only or random_weights:
             device = "meta" if shapes_only else "cpu"
-            return Source(build_model(text, input_size or 32, device=device), None, None, text)
+            return Source(build_model(text, input_size, device=device), None, None, text)
         what = f"{text!r} is an architecture, without weights"
         raise ModelError(what, expected=FORMS, remedy="only plan, inspect and bench do without")
     if ":" in text:
@@ -214,6 +216,32 @@ def import_module(text: str, refusal: type[InputError]) -> tuple[ModuleType, str
     except ImportError as error:
         what = f"module {module!r} cannot be imported"
         raise refusal(what, place=text, found=str(error)) from error
+
+
+def import_function(text: str, what: str, takes: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names.
+
+    Args:
+        text: as on the command line.
+        what: it is to be, for errors.
+        takes: what it is called with, likewise.
+
+    Raises:
+        InputError: there is no such module or function.
+    """
+    if not all(text.partition(":")):
+        raise InputError(f"not a {what}", place=text, expected="module:function")
+    module, name = import_module(text, InputError)
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise InputError(
+            f"module {module.__name__!r} has no function {name!r}",
+            place=text,
+            expected=takes,
+            remedy=nearest(name, known),
+        )
+    return found
 
 
 def _from_factory(text: str) -> Source:

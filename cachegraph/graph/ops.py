@@ -91,6 +91,23 @@ def value_smallness(value: Tensor) -> Tensor:
     return (1 - torch.linalg.vector_norm(value.float(), dim=-1)).sum(dim=1)
 
 
+def unfold_tokens(score: Tensor, size: int, outer: bool) -> Tensor:
+    """Scores of an attention within frames or along time as those of the stream's tokens.
+
+    Args:
+        score: ``(B size, N')``.
+        size: tokens that lie in the batch.
+        outer: the stream's tokens are sorted by them first.
+
+    Returns:
+        ``(B, size N')``.
+    """
+    tokens = score.shape[1]
+    if outer:
+        return score.reshape(-1, size * tokens)
+    return score.reshape(-1, size, tokens).transpose(1, 2).reshape(-1, size * tokens)
+
+
 def order_tokens(
     scores: Sequence[Tensor],
     counts: Tensor,
@@ -274,7 +291,7 @@ CACHE_OPS = frozenset(
     {
         *(read, write, forecast),
         *(pick_tokens, gather_tokens, scatter_tokens),
-        *(attention_received, value_smallness, order_tokens),
+        *(attention_received, value_smallness, unfold_tokens, order_tokens),
         *(order_now, pick_first, no_age, age_tokens, row_entropy, entropy_score),
         *(similarity_score, norm_score, random_score),
     }

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import fx
 
 from cachegraph.model.shapes import Shapes
-from cachegraph.model.site import VALUE, Site
+from cachegraph.model.site import Site
 from cachegraph.plan.selection import Selection
 from cachegraph.plan.slot import Slot
 from cachegraph.plan.variant import Variant, extra_spec
@@ -98,12 +98,10 @@ class StepGraph:
 
     def value_nodes(self) -> Iterator[tuple[Site, int, fx.Node]]:
         """(site, value index, node) for every site value that the graph computes."""
-        by_name = {site.name: site for site in self.sites}
+        found = {v.node: (site, i) for site in self.sites for i, v in enumerate(site.values)}
         for node in self.graph.nodes:
-            if VALUE in node.meta:
-                name, index = node.meta[VALUE]
-                if name in by_name:
-                    yield by_name[name], index, node
+            if node.name in found:
+                yield *found[node.name], node
 
     @property
     def model_inputs(self) -> int:

@@ -13,7 +13,7 @@ from cachegraph.errors import SiteError
 from cachegraph.model.site import Site
 from cachegraph.plan.action import Compute, Refresh
 from cachegraph.plan.selection import Score, Selection
-from cachegraph.plan.slot import AGE, ORDER, SCORE, ConstantKind
+from cachegraph.plan.slot import AGE, INNER, ORDER, SCORE, ConstantKind
 from cachegraph.plan.variant import scorer
 
 from . import ops
@@ -40,6 +40,7 @@ class Chooser:
     constants: Constants
     maker: str
     entropies: dict[str, fx.Node] = field(default_factory=dict)
+    _scores: dict[fx.Node, fx.Node] = field(default_factory=dict)  # attention core -> its scores
 
     def call(self, site: Site | None, function: Any, *args: Any) -> fx.Node:
         """A call at the graph's insertion point."""
@@ -55,7 +56,7 @@ class Chooser:
     def chosen_now(self, site: Site, age: fx.Node, score: fx.Node) -> fx.Node:
         """Picked tokens ``(B, k)`` from the scores of this step."""
         chosen = self.selection
-        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid))
+        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid or ()))
         gap = self.constants[ConstantKind.AGE, site.name]
         order = self.call(site, ops.order_now, score, age, gap, *settings)
         return self.call(site, ops.pick_first, order, self._tokens(site))
@@ -110,27 +111,64 @@ class Chooser:
                 found.append((site, AGE, self.call(site, ops.no_age, values[site.name])))
             if isinstance(action, Compute) and SCORE in parts:
                 found.append((site, SCORE, self.entropies[site.name]))
-        return [*self._orders(ordered), *found]
+            if site.inner is not None and INNER in parts:
+                found.append((site, INNER, self._named(site.inner.node)))
+        by_counts: dict[fx.Node, list[Site]] = {}
+        for site in ordered:
+            counts = self.constants[ConstantKind.COUNTS, site.name]
+            by_counts.setdefault(counts, []).append(site)
+        orders = (one for pair in by_counts.items() for one in self._orders(*pair))
+        return [*orders, *found]
 
-    def _orders(self, sites: Sequence[Site]) -> list[Extra]:
-        """Orders for the partial steps that follow, of all sites in one go."""
-        if not sites:
-            return []
+    def _orders(self, counts: fx.Node, sites: Sequence[Site]) -> list[Extra]:
+        """Orders for the partial steps that follow, of all sites with as many tokens in one go."""
         chosen = self.selection
-        counts = self.constants[ConstantKind.COUNTS, sites[0].name]
         scores = [self._foreseeable_score(site) for site in sites]
-        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid))
+        settings = (chosen.age_weight, chosen.bonus, chosen.cell, list(chosen.grid or ()))
         orders = self.call(None, ops.order_tokens, scores, counts, *settings)
         select = torch.ops.aten.select.int
         return [(s, ORDER, self.call(s, select, orders, 0, i)) for i, s in enumerate(sites)]
 
     def _foreseeable_score(self, site: Site) -> fx.Node:
         owner = scorer(self.step.sites, self.step.sites.index(site), self.selection)
-        core = self._core(self.step.sites[owner] if owner is not None else site)
-        query, key, value = core.args[:3]
-        if self.selection.score is Score.ATTENTION:
-            return self.call(site, ops.attention_received, query, key, core.kwargs.get("scale"))
-        return self.call(site, ops.value_smallness, value)
+        scoring = self.step.sites[owner] if owner is not None else site
+        core = self._core(scoring)
+        if core not in self._scores:
+            query, key, value = core.args[:3]
+            scale = core.kwargs.get("scale")
+            self._scores[core] = (
+                self.call(scoring, ops.attention_received, query, key, scale)
+                if self.selection.score is Score.ATTENTION
+                else self.call(scoring, ops.value_smallness, value)
+            )
+        return self._of_stream(site, scoring, core)
+
+    def _of_stream(self, site: Site, scoring: Site, core: fx.Node) -> fx.Node:
+        """Of the scores of a joint attention, those of the tokens of a site's stream."""
+        whole = core.meta["val"].shape[-2]
+        streams = scoring.values
+        if len(streams) > 1:
+            streams = tuple(value for value in streams if value.residual == site.source)
+        span, folding = (streams[0].tokens, streams[0].folding) if streams else (None, None)
+        tokens = site.values[0].spec.shape[1]
+        score = self._scores[core]
+        if folding is not None:
+            score = self.call(site, ops.unfold_tokens, score, folding.size, folding.outer)
+            whole *= folding.size
+            span = 0, whole
+        if span is None or span[1] - span[0] != tokens:
+            raise SiteError(
+                f"the attention of {scoring.name} cannot score the tokens of {site.name}",
+                place=f"node {core.name}",
+                expected=f"attention over the {tokens} tokens of its stream",
+                found=f"over {whole}",
+                remedy="use another score, such as norm, or leave the site out with sites.exclude",
+            )
+        piece = torch.ops.aten.slice.Tensor
+        return score if span == (0, whole) else self.call(site, piece, score, 1, *span)
+
+    def _named(self, name: str) -> fx.Node:
+        return next(node for node in self.step.graph.nodes if node.name == name)
 
     def _core(self, site: Site) -> fx.Node:
         core = next((n for n in self.step.graph.nodes if n.name in site.cores), None)

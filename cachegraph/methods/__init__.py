@@ -2,6 +2,7 @@
 
 from .duca import Duca
 from .fora import Fora
+from .forecast import ForecastMethod
 from .full import Full
 from .hermite import Hermite
 from .method import Method
@@ -19,6 +20,7 @@ METHODS: tuple[type[Method], ...] = (
     SmoothCache,
     TaylorSeer,
     Hermite,
+    ForecastMethod,
     Toca,
     Duca,
 )

@@ -1,13 +1,8 @@
-"""Forecasts from finite differences of computed steps, whatever polynomials they are weighted with.
-
-Source: Shenyi-Z/TaylorSeer, ``TaylorSeer-DiT/taylor_utils/__init__.py:5-47``. Steps are counted
-down there, so a gap between computed steps is negative.
-"""
+"""What TaylorSeer and HiCache have in common, and the rows of all forecasts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 from pydantic import Field
@@ -15,19 +10,19 @@ from pydantic import Field
 from cachegraph.config.problems import Problem
 from cachegraph.plan.action import Action, Compute, Forecast, Reuse, Row
 
+from .bases import BASES, Basis, History, Shape
 from .method import Method, Ruled
-
-Weights = dict[int, Fraction]  # step that made a value -> its weight
 
 
 class DifferenceMethod(Method):
     """Forecast skipped steps from finite differences of computed ones.
 
     The first ``warmup`` steps are computed, then every ``interval``-th. Of the warmup only the last
-    step begins a history, as in TaylorSeer's published code.
+    step takes differences, as in TaylorSeer's published code.
     """
 
     example: ClassVar = {"interval": 3, "order": 2}
+    basis_name: ClassVar[str]
 
     interval: int = Field(
         ge=1, description="a whole number, at least 1: one step in so many is computed"
@@ -54,53 +49,63 @@ class DifferenceMethod(Method):
             yield Problem(("order",), what, expected, f"{self.order}", remedy)
 
     def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
-        """What each step does, the same at every site.
+        """What each step does, the same at every site."""
+        full = at_interval(steps, self.interval, self.warmup)
+        since = first_difference(self.warmup)
+        basis = BASES[self.basis_name]
+        return forecast_rows(steps, full, basis, self.shape(), len(sites), since=since)
 
-        The published code keeps divided differences ``F_0 .. F_order``; each is a weighted sum of
-        computed values, and so is the forecast. Only these weights are needed beforehand. Of the
-        first ``warmup`` steps only the last one takes differences.
-        """
-        rows: list[Row] = []
-        differences: list[Weights] = []
-        last = 0
-        for step in range(steps):
+    def shape(self) -> Shape:
+        """What the basis is told."""
+        return Shape(self.order)
+
+
+def at_interval(steps: int, interval: int, warmup: int) -> list[int]:
+    """The first ``warmup`` steps, then every ``interval``-th."""
+    return [s for s in range(steps) if s < warmup or (s - warmup + 1) % interval == 0]
+
+
+def first_difference(warmup: int) -> int:
+    """The first step that is looked at: the last of a warmup takes a difference to the one before.
+
+    Source: ``TaylorSeer-DiT/taylor_utils/__init__.py``, as for ``differences``.
+    """
+    return max(warmup - 2, 0)
+
+
+def forecast_rows(
+    steps: int, full: Collection[int], basis: Basis, shape: Shape, sites: int, *, since: int = 0
+) -> tuple[Row, ...]:
+    """Rows that compute the full steps and forecast all others, the same at every site.
+
+    Only the weights of values are needed beforehand, whatever recursion they come from.
+
+    Args:
+        steps: of a trajectory.
+        full: the steps that are computed, the first among them.
+        basis: of the forecasts.
+        shape: of the forecasts.
+        sites: how many.
+        since: the first full step that forecasts look at, once there is a later one.
+    """
+    rows: list[Row] = []
+    seen: list[int] = []
+    used: list[int] = []
+    for step in range(steps):
+        if step in full:
+            seen = [step, *(s for s in seen if s >= since)]
             action: Action = Compute()
-            if step < self.warmup or (step - self.warmup + 1) % self.interval == 0:
-                order = self.order if step >= self.warmup - 1 else 0
-                differences = _updated(differences, step, last, order)
-                last = step
-            else:
-                action = self._forecast(differences, step - last)
-            rows.append((action,) * len(sites))
-        return tuple(rows)
-
-    def factor(self, order: int, distance: int) -> Fraction:
-        """The weight of ``F_order`` so many steps after the last computed one.
-
-        Steps are counted down, so where a forecast has an ``x``, it is ``-distance``.
-        """
-        raise NotImplementedError
-
-    def _forecast(self, differences: Sequence[Weights], distance: int) -> Action:
-        """The sum of the differences, each times its factor."""
-        total: Weights = {}
-        for j, difference in enumerate(differences):
-            factor = self.factor(j, distance)
-            for step, weight in difference.items():
-                total[step] = total.get(step, Fraction()) + factor * weight
-        sources = sorted((s for s, weight in total.items() if weight), reverse=True)
-        if len(sources) == 1 and total[sources[0]] == 1:
-            return Reuse(sources[0])
-        return Forecast(tuple(sources), tuple(float(total[s]) for s in sources))
+            used.append(step)
+        else:
+            weights = basis.weights(History(step, seen, used), shape)
+            action = _action({s: float(w) for s, w in weights.items() if w}, basis.keeps)
+            used.append(action.source if isinstance(action, Reuse) else step)
+        rows.append((action,) * sites)
+    return tuple(rows)
 
 
-def _updated(old: Sequence[Weights], step: int, last: int, order: int) -> list[Weights]:
-    """``F_0`` = the value; ``F_{j+1} = (F_j - old F_j) / gap``, as far as an old one exists."""
-    new: list[Weights] = [{step: Fraction(1)}]
-    for j in range(min(order, len(old))):
-        gap = -(step - last)
-        steps = sorted({*new[j], *old[j]}, reverse=True)
-        new.append(
-            {s: (new[j].get(s, Fraction()) - old[j].get(s, Fraction())) / gap for s in steps}
-        )
-    return new
+def _action(weights: dict[int, float], keeps: bool) -> Action:
+    sources = sorted(weights, reverse=True)
+    if list(weights.values()) == [1]:
+        return Reuse(sources[0])
+    return Forecast(tuple(sources), tuple(weights[s] for s in sources), keeps)

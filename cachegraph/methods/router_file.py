@@ -104,7 +104,7 @@ def read_router(path: Path, threshold: float, semantics: str) -> Mask:
     """
     if path.suffix not in _CHECKPOINTS:
         return _read_mask(path)
-    scores = _read_checkpoint(path)
+    scores = read_scores(path)
     steps, width = len(scores), len(scores[0])
     rows = []
     for step in range(steps):
@@ -162,8 +162,15 @@ def _digits(row: tuple[bool, ...]) -> str:
     return "".join("1" if run else "0" for run in row)
 
 
-def _read_checkpoint(path: Path) -> list[torch.Tensor]:
-    """The scores of every router, by its index."""
+def read_scores(path: Path) -> list[torch.Tensor]:
+    """The scores of every router, by its index.
+
+    Args:
+        path: a checkpoint of Learning-to-Cache or HarmoniCa.
+
+    Raises:
+        InputError: it is none, or holds more than tensors.
+    """
     if not path.is_file():
         raise InputError("there is no such file", place=str(path))
     try:

@@ -5,9 +5,7 @@ Source: Shenyi-Z/TaylorSeer, ``TaylorSeer-DiT/taylor_utils/__init__.py:5-47``.
 
 from __future__ import annotations
 
-from fractions import Fraction
-from math import factorial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .differences import DifferenceMethod
 
@@ -15,8 +13,6 @@ from .differences import DifferenceMethod
 class TaylorSeer(DifferenceMethod):
     """Taylor's polynomial: ``sum_j F_j x^j / j!``."""
 
-    method: Literal["taylorseer"]
+    basis_name: ClassVar[str] = "taylor"
 
-    def factor(self, order: int, distance: int) -> Fraction:
-        """``x^j / j!``."""
-        return Fraction((-distance) ** order, factorial(order))
+    method: Literal["taylorseer"]

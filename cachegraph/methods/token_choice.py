@@ -9,12 +9,9 @@ from cachegraph.model.site import Site, SiteKind, describe
 from cachegraph.plan.selection import Score, Selection
 
 from .method import Ruled
+from .rules import kind_of
 from .token_keys import TokenKeys
 
-_REFRESHED = {
-    "dit": frozenset({SiteKind.MLP}),
-    "pixart": frozenset({SiteKind.MLP, SiteKind.CROSS_ATTN}),
-}
 _NEEDED = {  # the kind of site that makes a score
     Score.ATTENTION: SiteKind.ATTN,
     Score.KV_NORM: SiteKind.ATTN,
@@ -37,14 +34,14 @@ def choose(keys: TokenKeys, sites: Ruled) -> Selection:
             expected=f"a score that the model can give ({describe(sites.model)})",
             remedy="choose another: " + ", ".join(s for s in Score if _NEEDED.get(s) in kinds),
         )
-    counts = {site.name: _tokens(keys, site) for site in refreshed(keys, sites)}
-    if len(set(counts.values())) != 1:
+    counts = token_counts(keys, sites)
+    if not counts or (keys.bonus.weight and len(set(counts.values())) > 1):
         several = ", ".join(f"{name}: {n}" for name, n in counts.items())
         raise PlanError(
             "the sites to refresh have no common number of tokens" if counts else "nothing to do",
             place=keys.where(),
             expected="at least one site of kind "
-            + " or ".join(sorted(_REFRESHED[keys.rules]))
+            + " or ".join(sorted(keys.rule_set.refresh))
             + ", and as many tokens in all of them",
             found=several if len(several) < 200 else several[:200] + "...",
             remedy="'sites: {exclude: ...}' leaves sites out" if counts else "",
@@ -54,18 +51,28 @@ def choose(keys: TokenKeys, sites: Ruled) -> Selection:
         age_weight=keys.age_weight / keys.interval,
         bonus=keys.bonus.weight,
         cell=keys.bonus.cell if keys.bonus.weight else 1,
-        grid=_grid(keys, *set(counts.values())),
+        grid=_grid(keys, *counts.values()),
         seed=keys.seed or 0,
     )
 
 
-def refreshed(keys: TokenKeys, sites: Ruled) -> list[Site]:
-    """The ruled sites of the kinds that partial steps recompute tokens of."""
-    return [site for site in sites if site.kind in _REFRESHED[keys.rules]]
+def token_counts(keys: TokenKeys, sites: Ruled) -> dict[str, int]:
+    """Tokens of the ruled sites that partial steps recompute some of."""
+    kinds = set(keys.rule_set.refresh)
+    return {site.name: _tokens(keys, site) for site in sites if kind_of(site) in kinds}
 
 
 def _tokens(keys: TokenKeys, site: Site) -> int:
     """Tokens of a site's value ``(B, N, C)``."""
+    if site.fused and site.inner is None:
+        raise PlanError(
+            f"the last projection of {site.name} cannot be split into attention and mlp",
+            place=keys.where("rules"),
+            expected="one that takes both side by side, (batch, tokens, channels) each",
+            found=f"{site.values[0].node} of {site.values[0].module or 'the model'}",
+            remedy="leave the site out with 'sites: {exclude: ...}', or let it be reused whole: "
+            "rules: {like: ..., refresh: [mlp]}",
+        )
     shape = site.values[0].spec.shape
     tokens = shape[1] if len(shape) == 3 and len(site.values) == 1 else None
     if not isinstance(tokens, int):
@@ -79,7 +86,9 @@ def _tokens(keys: TokenKeys, site: Site) -> int:
     return tokens
 
 
-def _grid(keys: TokenKeys, tokens: int) -> tuple[int, int]:
+def _grid(keys: TokenKeys, tokens: int, *others: int) -> tuple[int, int] | None:
+    if {*others} - {tokens} and keys.grid is None:
+        return None  # nothing needs it
     side = isqrt(tokens)
     if keys.grid is not None:
         height, width = keys.grid

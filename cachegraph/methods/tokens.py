@@ -1,12 +1,13 @@
 """Full steps, and steps in between that recompute some tokens or skip all blocks (ToCa, DuCa).
 
-Sources: Shenyi-Z/ToCa, ``DiT-ToCa`` and ``PixArt-alpha-ToCa``; Shenyi-Z/DuCa, ``DuCa-DiT`` and
-``DuCa-PixArt-alpha`` (``models.py`` or ``PixArt.py``, and ``cache_functions``).
+Sources: Shenyi-Z/ToCa and Shenyi-Z/DuCa, what runs the blocks of each model (``models.py``,
+``PixArt.py``, ``model.py`` or ``stdit3.py``) and ``cache_functions``; :mod:`.rules` has what
+differs.
 
-The code decides at every block anew what the step is, and a full pass of the first block changes
-the interval. So a step can be full in the first block and something else in all others: a mixed
-step. ``quirks: false`` decides once a step, before anything changes. All else stays as the code has
-it: the interval that varies along a trajectory, the ratios, truncation.
+The code for DiT and PixArt decides at every block anew what the step is, and a full pass of the
+first block changes the interval. So a step can be full in the first block and something else in all
+others: a mixed step. ``quirks: false`` decides once a step, before anything changes. All else stays
+as the code has it: the interval that varies along a trajectory, the ratios, truncation.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Sequence
 from enum import Enum, auto
 
 from cachegraph.errors import PlanError
-from cachegraph.model.site import SiteKind, blocks_of, describe
+from cachegraph.model.site import Site, SiteKind, block_of, blocks_of, describe
 from cachegraph.plan.action import Action, Compute, Refresh, Reuse, Row
 from cachegraph.plan.selection import Selection
 
 from . import ratios
 from .method import Ruled, resolve
-from .token_choice import choose, refreshed
+from .rules import kind_of
+from .token_choice import choose, token_counts
 from .token_keys import TokenKeys
 
 
@@ -45,53 +47,66 @@ class TokenMethod(TokenKeys):
 
     def make_rows(self, steps: int, sites: Ruled) -> tuple[Row, ...]:
         """What every step does at the ruled sites."""
-        types = self.step_types(steps)
+        kinds = {kind_of(site) for site in sites.model}
+        types = {kind: self.step_types(steps, kind) for kind in kinds}
+        every = [pair for pairs in types.values() for pair in pairs]
         choice, counts = None, dict[str, int]()
-        if any(StepType.PARTIAL in pair for pair in types):
+        if any(StepType.PARTIAL in pair for pair in every):
             choice = self.make_selection(sites)
         if choice is not None:
-            tokens = choice.grid[0] * choice.grid[1]
-            counts = {site.name: tokens for site in refreshed(self, sites)}
-        if any(StepType.SKIP in pair for pair in types):
+            counts = token_counts(self, sites)
+        if any(StepType.SKIP in pair for pair in every):
             self._check_stack(sites)
         columns: dict[str, list[Action]] = {}
         groups = blocks_of(sites.model)
-        for number, block in enumerate(groups):
-            here = [pair[min(number, 1)] for pair in types]
+        for number, (block, place) in enumerate(zip(groups, _places(groups), strict=True)):
             for site in block:
-                n = counts.get(site.name, 0)
+                n, kind = counts.get(site.name, 0), kind_of(site)
+                here = [pair[min(number, 1)] for pair in types[kind]]
                 shares = [
-                    ratios.ratio(self, site.kind, at, steps, number, len(groups))
-                    for at in self._numbers(steps)
+                    ratios.ratio(self, kind, at, steps, *place) for at in self._numbers(steps)
                 ]
                 fresh = [ratios.token_count(share, n) if n else 0 for share in shares]
-                columns[site.name] = self._column(choice, site.name, here, fresh, n)
-        last = [pair[min(len(groups), 2) - 1] for pair in types]
+                # Where attention stays what it was, all tokens are not the whole site.
+                whole = n * (not site.fused)
+                columns[site.name] = self._column(choice, site.name, here, fresh, whole)
+        last = [pair[min(len(groups), 2) - 1] for pair in types[kind_of(groups[-1][-1])]]
         columns |= {s.name: _stack_column(last) for s in sites if s.kind == SiteKind.STACK}
         return tuple(tuple(columns[site.name][step] for site in sites) for step in range(steps))
 
-    def step_types(self, steps: int) -> tuple[StepTypes, ...]:
-        """What each step is in the first block, and in the others (``cal_type.py``)."""
+    def step_types(self, steps: int, kind: str = "mlp") -> tuple[StepTypes, ...]:
+        """What each step is in the first block, and in the others, at sites of a kind.
+
+        Source: ``cal_type.py`` or ``global_force_fresh.py``.
+        """
         types = []
-        interval = self.interval
-        for at in self._numbers(steps):
-            first = self._type(at, steps, interval)
-            others = first
+        rules = self.rule_set
+        interval = rules.periods.get(kind, self.interval)  # type: ignore[call-overload]
+        full = 0
+        for step, at in enumerate(self._numbers(steps)):
+            first = others = self._type(step, at, interval, full)
             if first is StepType.FULL:
-                interval = ratios.interval(self, at, steps)
-                others = self._type(at, steps, interval) if self.quirks else first
+                full = step
+                if kind not in rules.periods:
+                    interval = ratios.interval(self, at, steps)
+                if self.quirks and rules.by_block:
+                    others = self._type(step, at, interval, full)
             types.append((first, others))
         return tuple(types)
 
     def _numbers(self, steps: int) -> range:
         """The steps as the published code numbers them."""
-        return range(steps - 1, -1, -1) if self.rules == "dit" else range(steps)
+        return range(steps - 1, -1, -1) if self.rule_set.count == "down" else range(steps)
 
-    def _type(self, at: int, steps: int, interval: int) -> StepType:
-        is_first = at == self._numbers(steps)[0]
-        if is_first or at % interval == 0:
+    def _type(self, step: int, at: int, interval: int, full: int) -> StepType:
+        """What a step is, ``interval`` being that since the ``full`` step."""
+        rules = self.rule_set
+        since = step - full if rules.full == "counter" else at
+        begins = rules.first if self.fresh_ratio else rules.first_without_tokens
+        if step < begins or since % interval == 0:
             return StepType.FULL
-        if self.skips_stack and at % interval % 2 == 0:
+        shortest = min(rules.periods.values(), default=interval)
+        if self.skips_stack and since % shortest and since % shortest % 2 == 0:
             return StepType.SKIP
         return StepType.PARTIAL
 
@@ -103,11 +118,11 @@ class TokenMethod(TokenKeys):
         fresh: Sequence[int],
         tokens: int,
     ) -> list[Action]:
-        """What the steps do at one site; ``fresh`` of its ``tokens`` are recomputed if partial.
+        """What the steps do at one site; ``fresh`` of its tokens are recomputed if partial.
 
         A partial step without tokens reuses, yet all tokens grow older; one with all of them
-        computes and makes them young. A score that only full steps make is as old as the last of
-        them even then.
+        computes and makes them young (``tokens`` are all, 0 where that is no computing). A score
+        that only full steps make is as old as the last of them even then.
         """
         newest = scored = age = 0
         seen: set[tuple[int, int]] = set()
@@ -155,6 +170,15 @@ class TokenMethod(TokenKeys):
             expected="ratios that reach 1 only before or after the partial steps of an interval",
             remedy="lower 'fresh_ratio', or choose another 'ratio_schedule'",
         )
+
+
+def _places(groups: Sequence[Sequence[Site]]) -> list[tuple[int, int]]:
+    """Of each block, its index in its stack, and how many blocks that has.
+
+    FLUX has a stack of blocks with two streams, and one of blocks with one.
+    """
+    stacks = [block_of(block[0]).rpartition(".")[0] for block in groups]
+    return [(stacks[:i].count(stack), stacks.count(stack)) for i, stack in enumerate(stacks)]
 
 
 def _stack_column(types: Sequence[StepType]) -> list[Action]:

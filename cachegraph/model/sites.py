@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from torch import fx
 
 from cachegraph.spec import TensorSpec
 
+from .folding import find_folding
 from .site import Site, SiteKind, SiteValue
+from .streams import inner_of, tokens_of
 from .structure import (
     ADDED_PRODUCTS,
     ATTENTION,
@@ -68,28 +69,6 @@ def find_sites(graph: fx.Graph) -> tuple[Site, ...]:
         groups.append([branch]) if twin is None else twin.append(branch)
     sites = tuple(_site(dependence, group) for group in groups)
     return _with_unique_names(sites)
-
-
-def find_stack(graph: fx.Graph, sites: Sequence[Site]) -> Site | None:
-    """All blocks as one site, where every site stands in one chain of residual adds.
-
-    Its value is the stream behind the last block; reusing it skips all blocks.
-    """
-    chained = all(b.source == a.residual for a, b in pairwise(sites))
-    if not sites or not chained or any(len(site.values) > 1 for site in sites):
-        return None
-    last = next(node for node in graph.nodes if node.name == sites[-1].residual)
-    value = SiteValue(last.name, TensorSpec.of(last.meta["val"]), output_module(last))
-    return Site(
-        name="stack",
-        kind=SiteKind.STACK,
-        values=(value,),
-        module=None,
-        source=sites[0].source,
-        residual=last.name,
-        cores=(),
-        anchors=(),
-    )
 
 
 def _merge(merged: list[_Branch], branch: _Branch) -> None:
@@ -296,22 +275,35 @@ def _site(dependence: Dependence, group: list[_Branch]) -> Site:
     anchors = {n for branch in group for n in (*branch.cores, *branch.linears)}
     adds = [add for branch in group for add in branch.adds]
     kind = _kind(dependence, group)
+    joined = [
+        inner for branch in group for inner in inner_of(dependence, branch.cores, branch.linears)
+    ]
     module = enclosing_module(anchors, adds)
     block = common_module([*anchors, *adds])
     return Site(
         name=module if module is not None else f"{block}:{kind.value}" if block else kind.value,
         kind=kind,
-        values=tuple(
-            SiteValue(b.value.name, TensorSpec.of(b.value.meta["val"]), output_module(b.value))
-            for b in group
-        ),
+        values=tuple(_value(dependence, branch) for branch in group),
         module=module,
         source=group[0].source.name,
         reader=_reader(dependence, group[0]),
         residual=adds[-1].name,
         cores=tuple(n.name for n in group[0].cores),
         anchors=tuple(n.name for n in sorted(anchors, key=dependence.index.__getitem__)),
-        fused=any(_is_fused(dependence, branch) for branch in group),
+        fused=bool(joined),
+        inner=joined[0] if len(group) == len(joined) == 1 else None,
+    )
+
+
+def _value(dependence: Dependence, branch: _Branch) -> SiteValue:
+    node = branch.value
+    return SiteValue(
+        node=node.name,
+        spec=TensorSpec.of(node.meta["val"]),
+        module=output_module(node),
+        residual=branch.adds[-1].name,
+        tokens=tokens_of(dependence, branch.cores, node),
+        folding=find_folding(node) if branch.cores else None,
     )
 
 
@@ -336,19 +328,6 @@ def _kind(dependence: Dependence, group: list[_Branch]) -> SiteKind:
         if any(not dependence.depends(a, source) for a in factors):
             return SiteKind.CROSS_ATTN
     return SiteKind.ATTN
-
-
-def _is_fused(dependence: Dependence, branch: _Branch) -> bool:
-    """True where the last projection takes attention and another branch of the block together."""
-    for linear in branch.linears if branch.cores else ():
-        joined = strip(linear.all_input_nodes[0], VIEWS | CASTS)
-        if joined.target is not aten.cat.default:
-            continue
-        parts = joined.all_input_nodes
-        with_core = [any(dependence.depends(p, core) for core in branch.cores) for p in parts]
-        if any(with_core) and not all(with_core):
-            return True
-    return False
 
 
 def _with_unique_names(sites: tuple[Site, ...]) -> tuple[Site, ...]:

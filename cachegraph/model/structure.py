@@ -26,6 +26,7 @@ PIECES = {
     *(operator.getitem, aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.narrow.default),
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
 }
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 # What a stream may pass on its way to a residual add; an expanded tensor is a modulation.
 CARRIED = (VIEWS | CASTS | {aten.slice.Tensor}) - {aten.expand.default}
 CONVOLUTIONS = {
@@ -123,6 +124,27 @@ def summed_product(node: fx.Node) -> list[fx.Node] | None:
     shapes = [("1",) * (sizes - len(shape_of(f))) + shape_of(f) for f in factors]
     spread = [any(a == "1" != b for a, b in zip(s, shape_of(product), strict=True)) for s in shapes]
     return factors if len(factors) == 2 and all(spread) else None
+
+
+def cut(node: fx.Node) -> tuple[Any, Any, int | None]:
+    """Size of a piece, of the whole, and where the piece starts, where the node cuts something.
+
+    The start is None where it cuts nothing.
+    """
+    args: Any = node.args
+    if node.target is aten.slice.Tensor and len(args) >= 3:
+        dim, start = args[1], args[2] or 0
+        size, whole = node.meta["val"].shape[dim], args[0].meta["val"].shape[dim]
+        if isinstance(whole, int) and isinstance(start, int) and size != whole:
+            return size, whole, start + whole if start < 0 else start
+    elif node.target is operator.getitem and args[0].target in _SPLITS:
+        of: Any = args[0].args
+        dim = of[2] if len(of) > 2 else 0
+        sizes = [piece.shape[dim] for piece in args[0].meta["val"]]
+        before = sizes[: args[1]]
+        if all(isinstance(size, int) for size in before):
+            return sizes[args[1]], of[0].meta["val"].shape[dim], sum(before)
+    return 0, 0, None
 
 
 def shape_of(node: fx.Node) -> tuple[str, ...]:

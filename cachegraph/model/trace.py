@@ -22,8 +22,9 @@ from .export import CHECKS, Exported, export, symbols_of, unknown_sizes
 from .items import Items
 from .lines import line_of_node
 from .signature import CallSignature, call_arguments, make_signature
-from .site import VALUE, Site
-from .sites import find_sites, find_stack
+from .site import Site
+from .sites import find_sites
+from .stack import find_stack
 from .state import unchanged
 from .wrapped import refuse_wrapped
 
@@ -126,12 +127,10 @@ def _finish(
             expected="residual adds whose branch holds attention or two linears in series",
             found=_operations(module.graph),
         )
-    stack = find_stack(module.graph, sites)
-    _mark_values(module, sites if stack is None else (*sites, stack))
     return TracedModel(
         module=module,
         sites=sites,
-        stack=stack,
+        stack=find_stack(module.graph, sites),
         signature=signature,
         batch=None if isinstance(first, int) else first,
         symbols=symbols_of(inputs, tensors),
@@ -241,13 +240,6 @@ def _set_outputs(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
     module.graph.find_nodes(op="output")[0].args = (tuple(nodes),)
     module.graph.lint()
     module.recompile()
-
-
-def _mark_values(module: fx.GraphModule, sites: Sequence[Site]) -> None:
-    by_name = {node.name: node for node in module.graph.nodes}
-    for site in sites:
-        for index, value in enumerate(site.values):
-            by_name[value.node].meta[VALUE] = (site.name, index)
 
 
 def _plain_config(model: nn.Module) -> dict[str, Any]:

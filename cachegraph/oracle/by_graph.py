@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from cachegraph.model.site import VALUE
+from cachegraph.model.site import Site
 from cachegraph.model.trace import TracedModel
 
 
@@ -18,11 +18,15 @@ class GraphRun(fx.Interpreter):
 
     Args:
         traced: the model.
+        sites: whose values are noted.
         kept: site -> what stands for its values in this call.
     """
 
-    def __init__(self, traced: TracedModel, kept: Mapping[str, Sequence[Tensor]]) -> None:
+    def __init__(
+        self, traced: TracedModel, sites: Sequence[Site], kept: Mapping[str, Sequence[Tensor]]
+    ) -> None:
         super().__init__(traced.module)
+        self._places = {v.node: (site.name, i) for site in sites for i, v in enumerate(site.values)}
         self._signature, self._kept = traced.signature, kept
         self._made: dict[str, dict[int, Tensor]] = {}
         self._outputs: Sequence[Tensor] = ()
@@ -42,7 +46,7 @@ class GraphRun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """A node's value, or what replaces it."""
-        site, index = n.meta.get(VALUE, ("", 0))
+        site, index = self._places.get(n.name, ("", 0))
         if site in self._kept:
             return self._kept[site][index]
         value = super().run_node(n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class ReferenceRunner:
         actions = list(zip(plan.sites, plan.rows[step], strict=True))
         found = ((site.name, self._kept(site, action)) for site, action in actions)
         kept = {name: values for name, values in found if values is not None}
-        run = GraphRun(traced, kept)
+        run = GraphRun(traced, plan.sites, kept)
         run.run(*inputs)
         again = {s.name: kept[s.name] for s, a in actions if s.name in kept and makes_value(a)}
         return run, run.values() | again
@@ -171,6 +171,8 @@ class ReferenceRunner:
             made[site.name] = [choice.refreshed(site, action, step, kept, output)]
             return made[site.name][0]
 
+        kept_inside = partial(choice.as_it_was, site, action)
+        stack.callback(module.register_forward_pre_hook(kept_inside).remove)
         stack.callback(module.register_forward_hook(hook).remove)
 
     def _value_module(self, site: Site, index: int) -> nn.Module:
@@ -213,11 +215,28 @@ class ReferenceRunner:
             case Refresh():
                 raise ValueError("a refresh is no replacement")
 
+    def _of_blocks(
+        self, site: Site, kept: Tensor | None, added: list[Tensor]
+    ) -> AbstractContextManager[None]:
+        if site.reader is None:
+            raise SiteError(
+                f"no module takes the stream in front of {site.name}",
+                remedy="ReferenceRunner needs one; compiled graphs do not",
+            )
+        reader = self.model.get_submodule(site.reader)
+        return _residual(reader, self._value_module(site, 0), site, kept, added)
+
     @contextmanager
     def _at_site(
         self, site: Site, kept: list[Tensor] | None, made: dict[str, list[Tensor]]
     ) -> Iterator[None]:
         """Record a site's values while the model runs, or replace them."""
+        if site.relative:
+            added: list[Tensor] = []
+            with self._of_blocks(site, None if kept is None else kept[0], added):
+                yield
+            made.update({site.name: added} if kept is None else {})
+            return
         template = self._templates.get(site.name)
         if kept is not None and template is not None and site.module is not None:
             module = self.model.get_submodule(site.module)
@@ -245,6 +264,30 @@ class ReferenceRunner:
                 )
         if kept is None:
             made[site.name] = [v for v in seen if v is not None]
+
+
+@contextmanager
+def _residual(
+    reader: nn.Module, end: nn.Module, site: Site, kept: Tensor | None, seen: list[Tensor]
+) -> Iterator[None]:
+    """Record what blocks add to the stream, or add what was kept to it in their place."""
+    spec = site.values[0].spec
+    streams: list[Tensor] = []
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        streams.extend(t for t in tensors if t.ndim == len(spec.shape) and not streams)
+
+    def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if kept is not None:
+            return streams[0] + kept
+        seen.append(output - streams[0])
+        return None
+
+    with ExitStack() as stack:
+        stack.callback(reader.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(end.register_forward_hook(after).remove)
+        yield
 
 
 def _hook(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cachegraph.errors import SiteError
-from cachegraph.model.site import Site, SiteKind
+from cachegraph.model.site import Site, SiteKind, block_of
 from cachegraph.plan.action import Refresh, Reuse, Row
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.selection import Score, Selection
@@ -39,6 +39,7 @@ class TokenChoice:
         self.picked: dict[str, Tensor] = {}  # site -> tokens (B, k) that were last recomputed
         self.streams: dict[str, Tensor] = {}
         self.captured: dict[str, tuple[Tensor, ...]] = {}
+        self.inner: dict[tuple[str, int], Tensor] = {}  # of fused sites, by the step that made it
 
     @contextmanager
     def watch(self, model: nn.Module, row: Row) -> Iterator[None]:
@@ -46,8 +47,8 @@ class TokenChoice:
         recorder = _Recorder(self.captured)
         with ExitStack() as stack, recorder:
             for site, action in zip(self.plan.sites, row, strict=True):
-                if site.cores and not isinstance(action, Reuse) and site.module is not None:
-                    module = model.get_submodule(site.module)
+                if site.cores and not isinstance(action, Reuse):
+                    module = model.get_submodule(site.module or block_of(site))
                     stack.callback(
                         module.register_forward_pre_hook(partial(recorder.enter, site)).remove
                     )
@@ -59,9 +60,11 @@ class TokenChoice:
                     )
             yield
 
-    def computed(self, site: Site, step: int, *_: Any) -> None:
+    def computed(self, site: Site, step: int, _module: nn.Module, args: Any, _output: Any) -> None:
         """All tokens of a site were recomputed in a step; the rest is what a hook is given."""
         self.ages.pop(site.name, None)
+        if site.inner is not None:
+            self.inner[site.name, step] = args[0][..., slice(*site.inner.columns)]
         if site.kind is self._scoring_kind:
             self.scores[site.name, step] = self._new_scores(site)
 
@@ -73,6 +76,16 @@ class TokenChoice:
             case Score.CROSS_ATTENTION:
                 return SiteKind.CROSS_ATTN
         return None
+
+    def as_it_was(
+        self, site: Site, action: Refresh, _module: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """What the last projection of a fused site takes, with the attention that was kept."""
+        if site.inner is None:
+            return args
+        joined = args[0].clone()
+        joined[..., slice(*site.inner.columns)] = self.inner[site.name, action.scored]
+        return (joined, *args[1:])
 
     def refreshed(
         self, site: Site, action: Refresh, step: int, kept: Tensor, all_fresh: Tensor
@@ -99,7 +112,7 @@ class TokenChoice:
         self.ages[site.name] = age
         self.picked[site.name] = best
         self._counted[site.name] = action.age + 1
-        if site.kind is self._scoring_kind:
+        if site.kind is self._scoring_kind and not self.selection.foreseen:
             self._update_scores(site, action.source, step, best)
         return result
 
@@ -133,7 +146,16 @@ class TokenChoice:
             half = score.shape[0] // 2
             both = 1 + (score[:half].double() + score[half:].double())
             return F.normalize(both, dim=-1).repeat(2, 1)
-        return F.normalize(self.scores[name, action.scored], dim=-1)
+        scores = self.scores[name, action.scored]
+        streams = self.plan.sites[owner].values
+        if len(streams) > 1:
+            streams = tuple(one for one in streams if one.residual == site.source)
+        span, folding = streams[0].tokens, streams[0].folding
+        if folding is not None:  # (B size, N')
+            grid = scores.unflatten(0, (-1, folding.size))
+            scores = (grid if folding.outer else grid.mT).flatten(1)
+            span = None
+        return F.normalize(scores if span is None else scores[:, slice(*span)], dim=-1)
 
     def _update_scores(self, site: Site, source: int, step: int, picked: Tensor) -> None:
         """The rows of picked tokens get the scores of the attention that has just run."""
@@ -163,7 +185,7 @@ class TokenChoice:
 
     def _with_bonus(self, score: Tensor) -> Tensor:
         chosen = self.selection
-        if not chosen.bonus:
+        if not chosen.bonus or chosen.grid is None:
             return score
         height, width = chosen.grid
         result = score.reshape(-1, height, width).clone()

@@ -22,6 +22,7 @@ from cachegraph.plan.plan import make_plan
 from cachegraph.runtime.program import Program
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import timestep_input
+from cachegraph.schedule.stacks import make_stack
 
 from .reference import ReferenceRunner
 
@@ -88,8 +89,9 @@ def reference_of(artifact: Artifact, model: nn.Module, seed: int) -> ReferenceRu
     except TraceError as error:
         what = "the model cannot be called as the one that the artifact was compiled from"
         raise ModelError(what, expected=program.signature.describe(), found=error.found) from error
-    skipped = any(site.kind == SiteKind.STACK for site in program.sites)
-    sites = (*traced.sites, traced.stack) if skipped and traced.stack else traced.sites
+    stacks = [site for site in program.sites if site.kind == SiteKind.STACK]
+    found = [make_stack(traced, site.name, site.relative) for site in stacks]
+    sites = (*traced.sites, *found)
     if _names(sites) != _names(program.sites):
         what = "the artifact was compiled from another model"
         raise ModelError(what, expected=describe(program.sites), found=describe(sites))

@@ -19,6 +19,8 @@ class PlanCost:
         known_bytes: values known beforehand that are held when each step begins: those of the
             request, and those of every later step whose prologue has run.
         weight_bytes: of the weights, stored once for all variants.
+        prologue_bytes: of the weights, those that only prologues use; ``release=True`` leaves them
+            out of memory while steps run.
         peak_bytes: most that is in use at a time during each step by a backend that compiles; see
             ``compiler.cost.predict_peaks``.
     """
@@ -30,6 +32,7 @@ class PlanCost:
     known_bytes: tuple[int, ...]
     weight_bytes: int
     peak_bytes: tuple[int, ...] = ()
+    prologue_bytes: int = 0
 
     @property
     def total_flops(self) -> int:

@@ -58,6 +58,16 @@ class Plan:
         return tuple(tuple(sorted(kept)) for kept in freed)
 
     @cached_property
+    def _stacks(self) -> tuple[tuple[int, ...], ...]:
+        """Per site, the stacks around it."""
+        stacks = [(i, frozenset(site.covers)) for i, site in enumerate(self.sites) if site.covers]
+        return tuple(tuple(i for i, names in stacks if s.name in names) for s in self.sites)
+
+    def is_skipped(self, row: Row, site: int) -> bool:
+        """True where a row does not compute a stack that the site lies in."""
+        return any(not isinstance(row[stack], Compute) for stack in self._stacks[site])
+
+    @cached_property
     def order_depth(self) -> int:
         """J: the most partial steps that follow one computed step."""
         return order_depth(self.rows)
@@ -222,7 +232,9 @@ def _check_refresh(
         return
     tokens = site.values[0].spec.shape[1] if len(site.values[0].spec.shape) == 3 else None
     computed = 0 <= action.scored < step and isinstance(rows[action.scored][index], Compute)
-    fits = isinstance(tokens, int) and 1 <= action.tokens < tokens and action.age >= 0
+    # All tokens of a fused site: its attention stays what it was, so that is no computing.
+    most = tokens - (not site.fused) if isinstance(tokens, int) else 0
+    fits = 1 <= action.tokens <= most and action.age >= 0 and (site.inner or not site.fused)
     if selection is None or len(site.values) != 1 or not computed or not fits:
         raise PlanError(
             f"step {step} cannot refresh tokens of {site.name}",

@@ -30,7 +30,7 @@ class Selection:
             ``soft_fresh_weight / fresh_threshold``.
         bonus: the best token of each cell gets its score times this added.
         cell: side of a cell in tokens.
-        grid: height and width of the token grid.
+        grid: height and width of the token grid; None where sites differ and nothing needs it.
         seed: of random scores.
     """
 
@@ -38,7 +38,7 @@ class Selection:
     age_weight: float
     bonus: float
     cell: int
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     seed: int = 0
 
     @property

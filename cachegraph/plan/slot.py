@@ -12,7 +12,8 @@ from cachegraph.spec import TensorSpec
 ORDER = -1  # (B, J, N) int64: tokens to recompute in the J partial steps that follow, best first
 AGE = -2  # (B, N) float32: partial steps since each token was recomputed
 SCORE = -3  # (B, N) float32: entropy of each token's row of the attention map
-EXTRAS = {ORDER: "order", AGE: "age", SCORE: "score"}
+INNER = -4  # (B, N, C): of a fused site, the attention that its last projection takes
+EXTRAS = {ORDER: "order", AGE: "age", SCORE: "score", INNER: "inner"}
 
 Numbers = tuple["float | int | Numbers", ...]
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 from cachegraph.model.site import Site, SiteKind, block_of
-from cachegraph.spec import TensorSpec
+from cachegraph.spec import Dim, TensorSpec
 
 from .action import Action, Forecast, Refresh, Reuse, Row, sources
 from .selection import Score, Selection
-from .slot import AGE, EXTRAS, ORDER, SCORE, ConstantKind, Numbers, StepConstant
+from .slot import AGE, EXTRAS, INNER, ORDER, SCORE, ConstantKind, Numbers, StepConstant
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Kept(NamedTuple):
 
 
 def extra_spec(site: Site, part: int, depth: int) -> TensorSpec:
-    """Spec of what a site keeps beside its values: ``i64[B, J, N]`` or ``f32[B, N]``."""
+    """Spec of what a site keeps beside its values: ``i64[B, J, N]``, ``f32[B, N]``, or inner."""
+    if part == INNER and site.inner is not None:
+        return site.inner.spec
     batch, tokens = site.values[0].spec.shape[:2]
     if part == ORDER:
         return TensorSpec((batch, depth, tokens), torch.int64)
@@ -174,10 +176,28 @@ def _age_after(action: Action) -> int:
 def _count_constants(
     steps: Sequence[int], sites: Sequence[Site], rows: Sequence[Row], orders: Sequence[bool]
 ) -> tuple[StepConstant, ...]:
-    """Tokens of each site in the partial steps that follow, so that ages can be foreseen."""
-    chosen = [i for i, wanted in enumerate(orders) if wanted]
-    if not chosen:
-        return ()
+    """Tokens of each site in the partial steps that follow, so that ages can be foreseen.
+
+    Sites with as many tokens share a constant, as they are ordered together.
+    """
+    by_size: dict[Dim, list[int]] = {}
+    for i, wanted in enumerate(orders):
+        if wanted:
+            by_size.setdefault(sites[i].values[0].spec.shape[1], []).append(i)
+    several = len(by_size) > 1
+    return tuple(
+        _count_constant(f"counts{n}" if several else "counts", steps, sites, rows, chosen)
+        for n, chosen in enumerate(by_size.values())
+    )
+
+
+def _count_constant(
+    name: str,
+    steps: Sequence[int],
+    sites: Sequence[Site],
+    rows: Sequence[Row],
+    chosen: Sequence[int],
+) -> StepConstant:
     depth = order_depth(rows)
     counts = {(i, step): [0] * depth for i in chosen for step in steps}
     for row in rows:
@@ -188,8 +208,7 @@ def _count_constants(
     values: dict[int, Numbers] = {
         step: tuple(tuple(counts[i, step]) for i in chosen) for step in steps
     }
-    names = tuple(sites[i].name for i in chosen)
-    return (StepConstant("counts", names, values, ConstantKind.COUNTS),)
+    return StepConstant(name, tuple(sites[i].name for i in chosen), values, ConstantKind.COUNTS)
 
 
 def _shared_constants(
@@ -220,7 +239,9 @@ def last_use(
 def _chosen_by(
     row: Row, index: int, action: Refresh, sites: Sequence[Site], selection: Selection
 ) -> Iterator[Kept]:
-    """What a choice of tokens goes by, beside what its own step computes."""
+    """What a choice of tokens goes by, beside what its own step computes; and inner values."""
+    if sites[index].inner is not None:
+        yield Kept(index, action.scored, INNER)
     if selection.foreseen:
         yield Kept(index, action.scored, ORDER)
         return

@@ -117,7 +117,7 @@ def sampled_tokens(model: nn.Module, schedule: str) -> dict[str, Any]:
     grid = plan.selection.grid if plan.selection is not None else ()
     return {
         "what": f"Digit {LABEL}, seed {SEED}, as sampled with this schedule.",
-        "grid": list(grid),
+        "grid": list(grid or ()),
         "image": [[round(float(value), 3) for value in row] for row in image],
         "shares": [[round(float(v), 3) for v in share.flatten()] for share in shares],
     }

@@ -13,6 +13,7 @@ from cachegraph.graph.interface import Interface, Role
 
 from .batching import over_steps
 from .program import Program
+from .release import Released
 from .tracking import Tracking, timestep_input
 
 REQUEST = "request"
@@ -29,11 +30,13 @@ class Prologues:
         steps: one a variant, those of one step; None where there are none.
         ahead: one a variant, those of several steps, see :func:`.batching.over_steps`;
             None where each step's are computed when it runs.
+        released: weights to be given back when values were computed ahead; None for none.
     """
 
     request: fx.GraphModule | None = None
     steps: tuple[fx.GraphModule | None, ...] = ()
     ahead: tuple[StepFunction | None, ...] = ()
+    released: Released | None = None
 
     @classmethod
     def of(
@@ -215,6 +218,8 @@ class KnownValues:
             for row, value in zip(rows, tables.pop(0), strict=True):
                 row.append(value.clone(memory_format=torch.contiguous_format))
         self._rows.update((s, _named(interface, row)) for s, row in zip(steps, rows, strict=True))
+        if self._prologues.released is not None:
+            self._prologues.released.drop()
 
     def _check_contents(self, inputs: Sequence[Tensor]) -> None:
         for one in self._program.contents:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cachegraph.graph.interface import Interface
@@ -57,6 +57,31 @@ class VariantLayout:
 
 
 @dataclass(frozen=True)
+class OtherPlan:
+    """Another plan for the same model: of a program, what it has of its own.
+
+    Attributes:
+        sites: see :class:`Program`, as for all that follows.
+        rows: what each step does at each site.
+        selection: how tokens are chosen.
+        cost: predicted.
+        steps: their variants are those of the program that it stands beside.
+        lasting: inputs that must stay the same.
+        timesteps: the sampler's.
+        ascending: time grows.
+    """
+
+    sites: tuple[Site, ...]
+    rows: tuple[Row, ...]
+    selection: Selection | None
+    cost: PlanCost
+    steps: tuple[Step, ...]
+    lasting: tuple[int, ...]
+    timesteps: tuple[float, ...] | None
+    ascending: bool
+
+
+@dataclass(frozen=True)
 class Program:
     """Everything but graphs and weights.
 
@@ -103,6 +128,21 @@ class Program:
     disabled: tuple[str, ...] = ()
     contents: tuple[Contents, ...] = ()
     items: Items | None = None
+
+    def with_plan(self, other: OtherPlan) -> Program:
+        """The program of another plan, over the same graphs."""
+        own = {field.name: getattr(other, field.name) for field in fields(other)}
+        return replace(self, **own)
+
+    def without_others(self) -> Program:
+        """The program of its plan alone: graphs that only other plans run are left out."""
+        used = list(dict.fromkeys(step.variant for step in self.steps))  # as a plan numbers them
+        place = {variant: number for number, variant in enumerate(used)}
+        return replace(
+            self,
+            steps=tuple(replace(step, variant=place[step.variant]) for step in self.steps),
+            variants=tuple(self.variants[variant] for variant in used),
+        )
 
     @property
     def plan(self) -> Plan:

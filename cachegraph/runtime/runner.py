@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from cachegraph.errors import SessionError
+from cachegraph.errors import SessionError, nearest
 from cachegraph.graph.weights import refuse_changed, stamp
 from cachegraph.model.conditions import failed
 from cachegraph.spec import TensorSpec
@@ -99,6 +99,7 @@ class Runner(nn.Module):
             for step, entry in enumerate(program.steps)
         ]
         self.recorder = recorder
+        self._plans: dict[str, Runner] = {}  # no submodules
         self._launches = plan_launches(program) if recorder is not None else ()
         self._session = Session(self)
         self.eval()
@@ -111,13 +112,30 @@ class Runner(nn.Module):
         """``50 steps, 2 variants, cpu``: what ``repr`` says of it."""
         return f"{len(self.program.steps)} steps, {len(self.functions)} variants, {self.device}"
 
-    def session(self, *, quiet: bool = False) -> Session:
+    @property
+    def plans(self) -> dict[str, Runner]:
+        """By name, where the artifact has several; this runner is the first of them."""
+        return self._plans
+
+    def session(self, plan: str | None = None, *, quiet: bool = False) -> Session:
         """An independent trajectory over the same weights.
 
         Args:
+            plan: the name of a plan, where the artifact has several.
             quiet: do not warn of a trajectory that is left unfinished.
+
+        Raises:
+            SessionError: there is no such plan.
         """
-        return Session(self, quiet=quiet)
+        if plan is None:
+            return Session(self, quiet=quiet)
+        if plan not in self._plans:
+            raise SessionError(
+                f"there is no plan {plan!r}",
+                expected=", ".join(self._plans) or "no name: the artifact has one plan",
+                remedy=nearest(plan, self._plans),
+            )
+        return Session(self._plans[plan], quiet=quiet)
 
     def known_values(self) -> KnownValues:
         """What is known beforehand of a trajectory that has not begun."""

@@ -16,6 +16,7 @@ from cachegraph.plan.plan import Plan, make_plan
 from cachegraph.plan.selection import Selection
 
 from .schedule import Schedule, SiteFilter
+from .stacks import hide_covered, with_stacks
 
 
 def make_rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
@@ -24,7 +25,6 @@ def make_rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
     Args:
         schedule: what the user asked for.
         sites: every site of the model; those that ``schedule.sites`` leaves out are computed.
-            So is a ``stack``, unless the policy is one that skips it.
 
     Raises:
         SiteError: the schedule's globs match nothing.
@@ -37,8 +37,8 @@ def make_rows(schedule: Schedule, sites: Sequence[Site]) -> tuple[Row, ...]:
         by_name = dict(zip(names, actions, strict=True))
         rows.append(tuple(by_name.get(site.name, Compute()) for site in sites))
     if schedule.correction is not None:
-        return schedule.correction.correct(rows, sites)
-    return tuple(rows)
+        rows = list(schedule.correction.correct(rows, sites))
+    return tuple(rows) if schedule.policy.skips_stack else hide_covered(rows, sites)
 
 
 def plan_of(schedule: Schedule, traced: TracedModel) -> Plan:
@@ -48,9 +48,7 @@ def plan_of(schedule: Schedule, traced: TracedModel) -> Plan:
         SiteError: the schedule's globs match nothing.
         PlanError: the schedule does not fit the model.
     """
-    sites = traced.sites
-    if schedule.policy.skips_stack and traced.stack is not None:
-        sites = (*sites, traced.stack)
+    sites = with_stacks(schedule, traced)
     selection = make_selection(schedule, sites)
     if selection is not None and traced.batch is None:
         try:
@@ -85,7 +83,10 @@ def make_selection(schedule: Schedule, sites: Sequence[Site]) -> Selection | Non
 def _ruled(schedule: Schedule, sites: Sequence[Site]) -> Ruled:
     place = schedule.where("sites")
     named = set(schedule.sites.kinds) != set(SiteFilter().kinds)  # all kinds: what there is
-    names = select_sites(sites, **dict(schedule.sites), named=named, place=place)
+    kinds, include, exclude = schedule.sites.kinds, schedule.sites.include, schedule.sites.exclude
+    names = select_sites(
+        sites, kinds=kinds, include=include, exclude=exclude, named=named, place=place
+    )
     if schedule.policy.skips_stack:
         names |= {site.name for site in sites if site.kind == SiteKind.STACK}
     return Ruled(sites, names, place)

@@ -38,12 +38,17 @@ _NEAR = 4  # presets that are listed for a misspelt one
 
 
 class SiteFilter(Section):
-    """Which sites the policy rules; every other site is computed at every step."""
+    """Which sites the policy rules; every other site is computed at every step.
 
-    kinds: tuple[Literal["attn", "cross_attn", "mlp"], ...] = Field(
+    The kind ``stack`` makes a site of all blocks together or, with ranges such as ``blocks[2:26]``
+    in ``include``, of each range. What is kept of it is what the blocks add to the stream, or with
+    ``relative: false`` the stream behind them.
+    """
+
+    kinds: tuple[Literal["attn", "cross_attn", "mlp", "stack"], ...] = Field(
         default=("attn", "cross_attn", "mlp"),
         min_length=1,
-        description="a list of attn, cross_attn, mlp",
+        description="a list of attn, cross_attn, mlp, stack",
     )
     include: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=("*",), min_length=1, description="a list of globs over the names of sites"
@@ -51,9 +56,15 @@ class SiteFilter(Section):
     exclude: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="a list of globs over the names of sites"
     )
+    relative: bool | None = Field(
+        default=None, description="true or false: whether of a stack what it adds is kept"
+    )
 
     def problems(self, steps: int) -> Iterator[Problem]:
-        """Kinds that are named twice."""
+        """Kinds that are named twice, or a key for stacks without any."""
+        if self.relative is not None and "stack" not in self.kinds:
+            what = "'relative' without a stack"
+            yield Problem(("relative",), what, "'kinds: [stack]', or no such key")
         for at, kind in enumerate(self.kinds):
             if kind in self.kinds[:at]:
                 what = f"'kinds[{at}]' repeats an earlier one"
@@ -112,6 +123,7 @@ class Schedule(Section):
                 *self._problems_of("correction"),
                 *self._correction_problems(),
                 *self._problems_of("sites"),
+                *self._stack_problems(),
                 *self._timestep_problems(),
                 *self._problems_of("calibration"),
             ],
@@ -133,6 +145,12 @@ class Schedule(Section):
                 f"a policy that reuses: {able}",
                 self.policy.method,
             )
+
+    def _stack_problems(self) -> Iterator[Problem]:
+        if "stack" in self.sites.kinds and (self.policy.chooses_tokens or self.policy.skips_stack):
+            what = f"a stack under the {self.policy.method} policy, which chooses tokens"
+            at = self.sites.kinds.index("stack")
+            yield Problem(("sites", "kinds", at), what, "a policy of whole sites", "stack")
 
     def _timestep_problems(self) -> Iterator[Problem]:
         times = self.timesteps

@@ -12,7 +12,7 @@ from cachegraph.errors import InputError
 from cachegraph.folders import writing
 
 _COLUMNS = 10
-_ENLARGED = 4  # times; digits of 16 pixels are small on a screen
+_SHOWN = 64  # pixels that an image is enlarged to; those of digits are small on a screen
 _BORDER = 1  # pixels around an image, before enlarging
 
 
@@ -51,26 +51,27 @@ def check_image_path(path: Path) -> None:
 
 
 def write_grid(images: Tensor, path: Path) -> None:
-    """Writes grey images beside and below each other, ten in a row.
+    """Writes images beside and below each other, ten in a row; small ones are enlarged.
 
     Args:
-        images: ``(N, 1, H, W)`` in [-1, 1].
+        images: ``(N, 1 or 3, H, W)`` in [-1, 1]; colours or grey.
         path: of the PNG file.
     """
     from PIL import Image
 
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     columns = min(count, _COLUMNS)
     lines = -(-count // columns)
     high, wide = height + 2 * _BORDER, width + 2 * _BORDER
-    grid = torch.zeros(lines * high, columns * wide)
-    for index, image in enumerate(images[:, 0].cpu()):
+    grid = torch.zeros(channels, lines * high, columns * wide)
+    for index, image in enumerate(images.cpu()):
         top = index // columns * high + _BORDER
         left = index % columns * wide + _BORDER
-        grid[top : top + height, left : left + width] = (image + 1) / 2
+        grid[:, top : top + height, left : left + width] = (image + 1) / 2
     pixels = (grid * 255).round().to(torch.uint8).numpy()
-    picture = Image.fromarray(pixels)
-    enlarged = (picture.width * _ENLARGED, picture.height * _ENLARGED)
+    picture = Image.fromarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0))
+    times = max(_SHOWN // height, 1)
+    enlarged = (picture.width * times, picture.height * times)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.resize(enlarged, Image.Resampling.NEAREST).save(path)

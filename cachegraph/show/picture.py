@@ -23,6 +23,7 @@ _STYLES = {
     "R": "bright_black",
     "F": "black on yellow",
     "T": "black on magenta",
+    "-": "bright_black",
 }
 _LETTERS = {Compute: "C", Reuse: "R", Forecast: "F", Refresh: "T"}
 _MIXED = "black on cyan"
@@ -32,7 +33,7 @@ _TOKEN_STYLES = {
     **{str(tenth): f"black on rgb({60 + 21 * tenth},{40 + 15 * tenth},140)" for tenth in range(10)},
     "C": "black on green",
 }
-_WORDS = {"C": "compute", "R": "reuse", "F": "forecast", "T": "refresh tokens"}
+_WORDS = {"C": "compute", "R": "reuse", "F": "forecast", "T": "refresh tokens", "-": "skipped"}
 _MOST_BANDS = 12  # pieces that the steps of one picture are cut into
 _MARK = 10  # steps from one number above the picture to the next
 
@@ -55,9 +56,10 @@ class PictureRow:
     sites: tuple[int, ...] = field(default=(), compare=False)
 
 
-def letter(action: Action) -> str:
-    """One character for what a step does at a site: C, R, F or T."""
-    return _LETTERS[type(action)]
+def letters(plan: Plan, row: Row) -> str:
+    """One character a site for what a row does: C, R, F or T, or - where it skips its blocks."""
+    skipped = [plan.is_skipped(row, i) for i in range(len(row))]
+    return "".join("-" if idle else _LETTERS[type(a)] for idle, a in zip(skipped, row, strict=True))
 
 
 def picture_rows(plan: Plan, most: int | None = None) -> list[PictureRow]:
@@ -71,8 +73,8 @@ def picture_rows(plan: Plan, most: int | None = None) -> list[PictureRow]:
         plan: what every step does.
         most: rows that there is room for; None for any number.
     """
-    columns = zip(*plan.rows, strict=True)
-    cells = ["".join(map(letter, column)) for column in columns]
+    lines = [letters(plan, row) for row in plan.rows]
+    cells = ["".join(column) for column in zip(*lines, strict=True)]
     families = [re.sub(r"\d+", "*", site.name) for site in plan.sites]
     rows = _merged(plan.sites, cells, list(zip(families, cells, strict=True)))
     if most is not None and len(rows) > most:
@@ -127,7 +129,7 @@ def variants_table(plan: Plan, cost: PlanCost) -> Table:
     table = plain_table("variant", "calls", "steps", *kinds, *numbers, right=("calls", *numbers))
     for variant in plan.variants:
         flops = cost.mean_flops(variant.steps)
-        actions = [_counted(variant, plan.sites, kind) for kind in kinds]
+        actions = [_counted(plan, variant, kind) for kind in kinds]
         share = f"{flops / max(cost.full_flops, 1):.1%}"
         steps = steps_text(variant.steps)
         table.add_row(variant.name, str(len(variant.steps)), steps, *actions, amount(flops), share)
@@ -160,6 +162,9 @@ def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableT
     if any(cost.known_bytes):
         table.add_row("prologue", f"at most {size(max(cost.known_bytes))} known before a step runs")
     table.add_row("weights", f"{size(cost.weight_bytes)}{shared}")
+    if cost.prologue_bytes:
+        during = size(cost.weight_bytes - cost.prologue_bytes)
+        table.add_row("", f"{during} of them while steps run, with release=True")
     if cost.peak_bytes:
         table.add_row("peak", f"about {size(max(cost.peak_bytes))}, weights included, compiled")
     return Group(Text(heading, "bold"), "", table)
@@ -349,11 +354,10 @@ def _legend(rows: Sequence[PictureRow]) -> Text:
     return legend
 
 
-def _counted(variant: Variant, sites: Sequence[Site], kind: str) -> str:
+def _counted(plan: Plan, variant: Variant, kind: str) -> str:
     """``28 C``, or ``20 C 8 R``."""
-    counts = Counter(
-        letter(action) for site, action in zip(sites, variant.row, strict=True) if site.kind == kind
-    )
+    done = zip(plan.sites, letters(plan, variant.row), strict=True)
+    counts = Counter(cell for site, cell in done if site.kind == kind)
     return " ".join(f"{counts[cell]} {cell}" for cell in _WORDS if counts[cell])
 
 

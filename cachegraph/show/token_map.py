@@ -64,7 +64,7 @@ def token_shares(
             + " or ".join(one.name() for one in METHODS if one.chooses_tokens),
         )
     runner = ReferenceRunner.of_plan(model, traced, plan, asked)
-    shares = torch.zeros(plan.steps, *plan.selection.grid)
+    shares = torch.zeros(plan.steps, *_grid(plan))
 
     steps = iter(range(plan.steps))
 
@@ -80,7 +80,7 @@ def token_shares(
 
 def _share(plan: Plan, row: Row, choosing: set[int], picked: dict[str, Tensor]) -> Tensor:
     """Share of the choosing sites that recompute each token of the sample with guidance, (h, w)."""
-    height, width = plan.selection.grid if plan.selection is not None else (0, 0)
+    height, width = _grid(plan)
     found = torch.zeros(height * width)
     for i in choosing:
         if isinstance(row[i], Compute):
@@ -88,6 +88,11 @@ def _share(plan: Plan, row: Row, choosing: set[int], picked: dict[str, Tensor]) 
         elif isinstance(row[i], Refresh):
             found[picked[plan.sites[i].name][0]] += 1
     return (found / len(choosing)).view(height, width)
+
+
+def _grid(plan: Plan) -> tuple[int, int]:
+    """Height and width in tokens; of digits there is always one."""
+    return (plan.selection.grid if plan.selection is not None else None) or (0, 0)
 
 
 def write_token_map(model: nn.Module, schedule: ScheduleSource, path: Path) -> None:

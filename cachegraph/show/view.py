@@ -27,7 +27,7 @@ from cachegraph.plan.slot import ConstantKind, Slot
 from cachegraph.plan.variant import Variant
 
 from .fold import Folding
-from .picture import letter, plain_table
+from .picture import letters, plain_table
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,12 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
             }
             for site in plan.sites
         ],
-        "rows": ["".join(map(letter, row)) for row in plan.rows],
+        "rows": [letters(plan, row) for row in plan.rows],
         "variants": [
             {
                 "name": variant.name,
                 "steps": list(variant.steps),
-                "row": "".join(map(letter, variant.row)),
+                "row": letters(plan, variant.row),
                 "flops": round(cost.mean_flops(variant.steps)),
             }
             for variant in plan.variants
@@ -226,6 +226,7 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
         "peak_cache_bytes": max(cost.cache_bytes),
         "known_bytes": list(cost.known_bytes),
         "weight_bytes": cost.weight_bytes,
+        "prologue_weight_bytes": cost.prologue_bytes,
         "peak_bytes": max(cost.peak_bytes, default=None),
     }
 

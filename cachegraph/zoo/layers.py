@@ -81,6 +81,14 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def sinusoids(t: Tensor) -> Tensor:
+    """Cosines, then sines ``(B, 256)`` of numbers ``(B,)`` at geometrically spaced frequencies."""
+    half = FREQUENCIES // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angle = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
 class TimestepEmbedder(nn.Module):
     """Embeds timesteps as cosines, then sines, at geometrically spaced frequencies."""
 
@@ -92,10 +100,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Timesteps ``(B,)``, integer or fractional, to ``(B, C)``."""
-        half = FREQUENCIES // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angle = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponent)
-        embedding = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        embedding = sinusoids(t)
         dtype = next(self.mlp.parameters()).dtype
         # a cast that does nothing would still be a node of the traced graph
         return self.mlp(embedding if dtype == torch.float32 else embedding.to(dtype))

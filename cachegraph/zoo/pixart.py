@@ -108,7 +108,7 @@ class PixArtBlock(nn.Module):
         self.cross_attn = CrossAttention(hidden_size, num_heads)
         self.norm2 = plain_norm(hidden_size)
         self.mlp = Mlp(hidden_size, round(hidden_size * mlp_ratio), hidden_size)
-        self.scale_shift_table = _random_table(MODULATIONS, hidden_size)
+        self.scale_shift_table = random_table(MODULATIONS, hidden_size)
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
         """One block.
@@ -131,14 +131,14 @@ class PixArtBlock(nn.Module):
 class T2IFinalLayer(nn.Module):
     """Last modulation and the projection of a token to the pixels of its patch."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, hidden_size: int, out_size: int) -> None:
         super().__init__()
         self.norm_final = plain_norm(hidden_size)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.scale_shift_table = _random_table(2, hidden_size)
+        self.linear = nn.Linear(hidden_size, out_size)
+        self.scale_shift_table = random_table(2, hidden_size)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Tokens ``(B, N, C)``, embedded timesteps ``(B, C)`` to ``(B, N, patch**2 * C_out)``."""
+        """Tokens ``(B, N, C)``, embedded timesteps ``(B, C)`` to ``(B, N, out_size)``."""
         shift, scale = (self.scale_shift_table + t.unsqueeze(1)).unbind(1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -199,7 +199,7 @@ class PixArt(PatchTransformer):
         self.blocks = nn.ModuleList(
             PixArtBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
         )
-        self.final_layer = T2IFinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = T2IFinalLayer(hidden_size, patch_size**2 * self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Predicts the noise in ``x`` (and a variance in further channels if ``pred_sigma``).
@@ -222,13 +222,13 @@ class PixArt(PatchTransformer):
         wanted = (self.in_channels, self.input_size, self.input_size)
         check_shape(f"input of {self.arch}", x, wanted)
         text = self._text(y)
-        attended = None if mask is None else _attended(mask, text)
+        valid = None if mask is None else attended(mask, text)
         x = self.x_embedder(x) + self.pos_embed
         t = self.t_embedder(t)
         c = self.t_block(t).unflatten(1, (MODULATIONS, -1))
         text = self.y_embedder(text)
         for block in self.blocks:
-            x = block(x, text, c, attended)
+            x = block(x, text, c, valid)
         return self.unpatchify(self.final_layer(x, t))
 
     def example_condition(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -249,20 +249,24 @@ class PixArt(PatchTransformer):
         return y if y.ndim == 3 else y.squeeze(1)
 
 
-def _attended(mask: Tensor, text: Tensor) -> Tensor:
+def attended(mask: Tensor, text: Tensor) -> Tensor:
     """``(B, L)`` as a bool ``(B, 1, 1, L)``, its rows repeated where there are fewer than B."""
     batch, tokens, _ = text.shape
     fits = mask.ndim == 2 and mask.shape[1] == tokens and mask.shape[0] > 0
     if not fits or batch % mask.shape[0]:
+        longer = mask.ndim == 2 and tokens > mask.shape[1]
         raise ModelError(
-            "mask of the text has the wrong shape",
+            "the text is longer than its mask" if longer else "mask of the text has another shape",
+            place="mask",
             expected=f"({batch}, {tokens}), or a divisor of {batch} rows",
             found=str(tuple(mask.shape)),
+            remedy="cut the text, or say in the mask which of its tokens count" if longer else "",
         )
     if mask.shape[0] != batch:
         mask = mask.repeat(batch // mask.shape[0], 1)
     return (mask != 0)[:, None, None, :]
 
 
-def _random_table(rows: int, hidden_size: int) -> nn.Parameter:
+def random_table(rows: int, hidden_size: int) -> nn.Parameter:
+    """A table ``(rows, C)`` of shifts and scales that blocks add to the timestep's."""
     return nn.Parameter(random_normal(rows, hidden_size, std=hidden_size**-0.5))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,14 +24,19 @@ PRESETS = {"digits": load_digits_model}
 
 
 def load_model(
-    path: str | Path, arch: str | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    arch: str | None = None,
+    device: torch.device | str = "cpu",
+    **options: object,
 ) -> nn.Module:
     """Loads weights into a model of the architecture that their names and shapes tell of.
 
     All sizes are read from the shapes, except the number of attention heads, which leaves no
     trace in them. It is, in this order: what ``arch`` says, the metadata key ``num_heads`` of a
     ``.safetensors`` file, the published number for the widths of DiT-S, B, L and XL and PixArt-XL.
-    Any other width without either is refused, for a guess would give wrong images.
+    Any other width without either is refused, for a guess would give wrong images. Where queries
+    and keys are normed (FLUX, STDiT3), their norms tell the number; how FLUX shares the channels of
+    a head among position axes leaves no trace but in published widths.
 
     Args:
         path: ``.pt``, ``.pth``, ``.bin`` or ``.safetensors`` file with a state dict, plain or under
@@ -35,8 +44,11 @@ def load_model(
             ``.index.json`` of several; or the name of a shipped model: ``digits``. Names may begin
             with what the model was an attribute of, such as ``module.``.
         arch: what the weights must be: a published size (``"DiT-XL/2"``), or single values that
-            the shapes do not tell (``"DiT(num_heads=4)"``). None recognises them.
+            the shapes do not tell (``"DiT(num_heads=4)"``), or a family (``"FLUX"``). None
+            recognises them.
         device: where the weights are put.
+        options: single values that the shapes do not tell, as in ``arch`` and in place of it:
+            ``axes_dim=[16, 56, 56]``.
 
     Returns:
         The model in eval mode, its parameters without gradients and of the dtype they were
@@ -50,9 +62,10 @@ def load_model(
         UserWarning: what was left out of the names.
     """
     if (preset := PRESETS.get(str(path))) is not None:
-        if arch is not None:
+        if arch is not None or options:
             what = f"the shipped model {str(path)!r} takes no architecture"
-            raise ModelError(what, expected="arch left out", found=f"arch={arch!r}")
+            found = f"arch={arch!r}" if arch is not None else ", ".join(options)
+            raise ModelError(what, expected="arch left out", found=found)
         return preset(device)
     path = Path(path)
     if not is_weights(path):
@@ -60,14 +73,15 @@ def load_model(
     read, metadata = read_weights(path)
     state = without_prefix(read, {known.marks[0] for known in ARCHITECTURES}, path)
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    options: Options = {}
+    told: Options = {}
     if arch is None:
         architecture = _recognise(shapes, path)
     else:
-        architecture, options = _parse_arch(arch)
+        architecture, told = _parse_arch(arch)
+    given = {name: _option(architecture, name, value) for name, value in options.items()}
     try:
         with torch.device("meta"):
-            model = architecture.infer(shapes, metadata, options)
+            model = architecture.infer(shapes, metadata, {**told, **given})
     except ModelError as error:
         parts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
         raise ModelError(error.what, place=str(path), **parts) from error
@@ -78,7 +92,10 @@ def load_model(
 
 
 def build_model(
-    arch: str, input_size: int = 32, device: torch.device | str = "cpu", seed: int = 0
+    arch: str,
+    input_size: int | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> nn.Module:
     """Makes a model by name with random weights, the same for the same seed.
 
@@ -87,8 +104,9 @@ def build_model(
 
     Args:
         arch: ``"DiT-XL/2"``, or ``"DiT(hidden_size=64, depth=2, num_heads=4)"``: what is not
-            said is as in the largest published size.
-        input_size: height and width of the (latent) image, 32 for images of 256x256.
+            said is as in the largest published size, so ``"FLUX"`` is FLUX.1-dev.
+        input_size: height and width of the (latent) image; by default 32 (images of 256x256), for
+            FLUX 128 (1024x1024), for STDiT3 2 seconds at 480p.
         device: where the weights are put; ``"meta"`` for shapes without any.
         seed: of the weights.
 
@@ -112,12 +130,12 @@ def build_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _parse_arch(arch: str) -> tuple[Architecture, dict[str, int]]:
-    """``DiT-XL/2`` or ``DiT(num_heads=4)`` as the family and its options."""
+def _parse_arch(arch: str) -> tuple[Architecture, dict[str, Any]]:
+    """``DiT-XL/2``, ``FLUX`` or ``DiT(num_heads=4)`` as the family and its options."""
     for architecture in ARCHITECTURES:
         if arch in architecture.sizes:
             return architecture, dict(architecture.sizes[arch])
-    match = re.fullmatch(r"\s*([\w.-]+)\s*\((.*)\)\s*", arch)
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", arch)
     families = {architecture.name: architecture for architecture in ARCHITECTURES}
     if match is None or match[1] not in families:
         names = [name for architecture in ARCHITECTURES for name in architecture.sizes]
@@ -128,29 +146,56 @@ def _parse_arch(arch: str) -> tuple[Architecture, dict[str, int]]:
             remedy=nearest(arch, names),
         )
     architecture = families[match[1]]
-    pairs = [pair.strip() for pair in match[2].split(",") if pair.strip()]
-    return architecture, dict(_parse_option(pair, architecture) for pair in pairs)
+    options = {}
+    for pair in re.split(r",(?![^\[(]*[\])])", match[2] or ""):  # not those within a list
+        if pair.strip():
+            name, _, text = (part.strip() for part in pair.partition("="))
+            options[name] = _option(architecture, name, _literal(text))
+    return architecture, options
 
 
-def _parse_option(pair: str, architecture: Architecture) -> tuple[str, int]:
-    name, _, value = (part.strip() for part in pair.partition("="))
+def _literal(text: str) -> object:
+    """A number, truth value or list as Python writes it; else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _option(architecture: Architecture, name: str, value: object) -> Any:
+    """An option's value, of the kind that the model takes."""
     if name not in architecture.options:
         raise ModelError(
             f"unknown option {name!r} of {architecture.name}",
             expected=f"one of {', '.join(architecture.options)}",
             remedy=nearest(name, architecture.options),
         )
-    if not value.isdecimal() or int(value) == 0:
+    match inspect.signature(architecture.model).parameters[name].default:
+        case bool():
+            fits, expected = isinstance(value, bool), "True or False"
+        case float():
+            fits, expected = _is_number(value, int | float), "a positive number"
+        case tuple():
+            items = list(value) if isinstance(value, list | tuple) else []
+            fits = bool(items) and all(_is_number(item, int) for item in items)
+            expected = "a list of positive whole numbers"
+        case _:
+            fits, expected = _is_number(value, int), "a positive whole number"
+    if not fits:
         what = f"option {name!r} of {architecture.name} has no usable value"
-        raise ModelError(what, expected="a positive whole number", found=repr(value))
-    return name, int(value)
+        raise ModelError(what, expected=expected, found=repr(value))
+    return value
+
+
+def _is_number(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _no_weights_file(path: Path) -> ModelError:
     """For what is neither a weights file nor a shipped model, with what may have been meant."""
     name = path.as_posix()
     remedy = nearest(name, PRESETS)
-    if any(name in architecture.sizes for architecture in ARCHITECTURES):
+    if any(name in (one.name, *one.sizes) for one in ARCHITECTURES):
         remedy = f"build_model({name!r}) makes one with random weights"
     names, shipped = ", ".join((*SUFFIXES, INDEX)), ", ".join(PRESETS)
     return ModelError(

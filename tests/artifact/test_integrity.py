@@ -19,6 +19,7 @@ import cachegraph as cg
 from cachegraph import folders
 from cachegraph.artifact.artifact import Artifact
 from cachegraph.artifact.load import load_artifact
+from cachegraph.artifact.manifest import FileRecord, read_manifest
 from cachegraph.errors import InputError
 from tests.artifact.test_artifact import (
     MANIFEST,
@@ -32,6 +33,7 @@ from tests.models import signed
 RACE = """
 import sys
 from cachegraph.artifact.load import load_artifact
+from cachegraph.artifact.manifest import FileRecord, read_manifest
 both = [load_artifact(path) for path in sys.argv[1:3]]
 for number in range(int(sys.argv[4])):
     both[number % 2].save(sys.argv[3])
@@ -162,3 +164,19 @@ def test_files_that_are_not_listed_are_not_read(folder: Path) -> None:
     found = load_artifact(folder)
     assert "extra" not in found.prologues
     assert not found.compiled
+
+
+def test_the_manifest_says_whether_it_holds_code(folder: Path, original: Path) -> None:
+    def says(backend: str) -> bool:
+        files = {f"compiled/{backend}/variant0{end}": FileRecord(1, "") for end in (".json", *more)}
+        manifest = replace(read_manifest(original), files=files)
+        manifest.write(folder)
+        assert read_manifest(folder) == manifest
+        return bool(json.loads((folder / MANIFEST).read_text())["holds_code"])
+
+    more: list[str] = []
+    assert not says("onnx")
+    more = [".pt2"]
+    assert says("aoti")
+    more = [".engine"]
+    assert says("tensorrt")

@@ -157,7 +157,7 @@ def test_settings_of_the_compiler_are_part_of_what_is_compiled(
     jobs: list[set[str]] = []
     monkeypatch.setattr(aoti, "_compile", lambda todo, *_: jobs.append(set(todo.values())))
     monkeypatch.setattr(aoti, "_cached", Path)
-    monkeypatch.setattr(aoti, "_is_whole", lambda _: False)
+    monkeypatch.setattr(aoti, "is_as_recorded", lambda _: False)
     monkeypatch.setattr(shutil, "copyfile", lambda *_: None)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_MAX_AUTOTUNE", "CXX"):
         monkeypatch.setenv(name, "1")
@@ -292,7 +292,7 @@ def test_an_example_of_one_does_not_fix_the_batch(
         aoti, "_compile", lambda todo, *_: jobs.extend(map(json.loads, todo.values()))
     )
     monkeypatch.setattr(aoti, "_cached", Path)
-    monkeypatch.setattr(aoti, "_is_whole", lambda _: False)
+    monkeypatch.setattr(aoti, "is_as_recorded", lambda _: False)
     monkeypatch.setattr(shutil, "copyfile", lambda *_: None)
     cg.compile(narrow_dit(), SCHEDULE, dit_steps(1, batch=1)[0], backend="aoti")
     assert [job["sizes"] for job in jobs] == [{"batch": 2}] * 2

@@ -359,3 +359,18 @@ def test_a_file_that_is_gone_or_of_another_graph(folder: Path, tmp_path: Path) -
     shutil.copy(place / "variant1.onnx", place / "variant0.onnx")
     with pytest.raises(BackendError, match=r"variant1.onnx: .* other inputs and outputs"):
         artifact.runner()
+
+
+def test_bools_are_shared_as_they_are() -> None:
+    """A mask that is known beforehand is an input; onnxruntime takes no bools of torch."""
+    from onnxruntime import OrtValue
+
+    from cachegraph.backends.onnx.backend import _shared
+
+    mask = torch.tensor([[True, False, True]])
+    value = OrtValue.from_dlpack(_shared(mask))
+    assert value.data_type() == "tensor(bool)"
+    mask[0, 1] = True  # nothing was copied
+    assert value.numpy().all()
+    numbers = torch.zeros(2)
+    assert _shared(numbers) is numbers

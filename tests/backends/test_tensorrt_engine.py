@@ -181,3 +181,43 @@ def test_unusable_engines(
     lacking = {k: v for k, v in artifact.weights.items() if k != "pos_embed"}
     with pytest.raises(BackendError, match="asks for an unknown weight 'pos_embed'"):
         opened(folder, SimpleNamespace(weights=lacking), graphs[first], first)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("version", ["10.15.1", "11.4.0"])
+def test_flags_are_called_by_name(
+    version: str,
+    fake: Any,
+    artifact: cg.Artifact,
+    graphs: dict[str, NamedGraph],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their numbers are others in 11; the stand-in refuses all but the right ones."""
+    flags, creation = fake.FLAGS[version]
+    monkeypatch.setattr(fake, "BuilderFlag", flags)
+    monkeypatch.setattr(fake, "NetworkDefinitionCreationFlag", creation)
+    monkeypatch.setattr(fake, "__version__", version)
+    one = {"variant0": graphs["variant0"]}
+    TensorRT().emit(one, artifact.weights, tmp_path, lambda _: None)
+    assert (tmp_path / "variant0.engine").is_file()
+
+
+def test_weights_that_the_parser_renamed(
+    fake: Any,
+    folder: Path,
+    artifact: cg.Artifact,
+    graphs: dict[str, NamedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The parser knows what it made of them, where TensorRT has a refitter of the parser's."""
+    file = onnx.load(folder / "variant0.onnx", load_external_data=False)
+    big = next(one.name for one in file.graph.initializer if one.external_data)
+    monkeypatch.setattr(fake, "renamed", {big})
+    functions = [opened(folder, artifact, graph, name) for name, graph in graphs.items()]
+    before = Prologues.of(artifact.program, artifact.prologues, batched=False)
+    run = Runner(artifact.program, functions, artifact.weights, prologues=before)
+    call = dit_steps(1)[0]
+    assert relative_error(run(*call), artifact.runner(backend="eager")(*call)) < 1e-5
+    monkeypatch.delattr(fake, "OnnxParserRefitter")
+    with pytest.raises(BackendError, match=f"asks for an unknown weight '{big} transposed'"):
+        opened(folder, artifact, graphs["variant0"], "variant0")

@@ -254,7 +254,7 @@ def test_sample_writes_a_grid(monkeypatch: pytest.MonkeyPatch, here: Path) -> No
 FORM = "NAME=SHAPE:DTYPE, such as x=2,4,32,32:f32"
 SITES = "blocks.0.attn (attn), blocks.0.mlp (mlp), blocks.1.attn (attn)"
 ELSEWHERE = (
-    "other models are sampled in their own sampler: compile the model, then there "
+    "sample others with --num N -o samples.npz, or in their own sampler: "
     "run = cachegraph.load('NAME.cgraph') and call run(...) as the model"
 )
 PLAN = "plan tiny.safetensors -s rows.yaml"
@@ -310,9 +310,11 @@ WRONG = {
     "all; found 7",
     f"{VERIFY} cli_factory:shallow": f"the artifact was compiled from another model; expected 4 "
     f"sites: {SITES}, blocks.1.mlp (mlp); found 2 sites: blocks.0.attn (attn), blocks.0.mlp (mlp)",
-    "sample tiny.safetensors -s rows.yaml -o d.png": "tiny.safetensors: only the model digits "
-    f"has a sampler here; {ELSEWHERE}",
+    "sample tiny.safetensors -s rows.yaml -o d.png": "tiny.safetensors: only digits are "
+    f"drawn as a picture; {ELSEWHERE}",
     "sample tiny-rows.cgraph -o d.png": f"tiny-rows.cgraph: not an artifact of digits; {ELSEWHERE}",
+    "sample digits -s rows.yaml -o d.png --num 3": "d.png: many images are written as .npz; "
+    "expected FILE.npz",
     "sample digits -s rows.yaml -o d.jpg": "d.jpg: images are written as PNG; expected a name in "
     ".png",
     "sample digits -s rows.yaml -o d.png --classes a": "--classes: cannot read 'a'; expected "

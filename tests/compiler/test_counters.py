@@ -10,7 +10,7 @@ from cachegraph.compiler.counters import toca_flops
 from cachegraph.errors import PlanError
 from cachegraph.plan.action import Compute, Refresh, Reuse
 from cachegraph.schedule.rows import make_rows
-from tests.fake_sites import DIT, PIXART, make, make_site, make_sites
+from tests.fake_sites import DIT, PIXART, flux_sites, make, make_site, make_sites
 
 FULL = 474_705_624_064  # one forward of DiT-XL/2 at 256 px, batch of 2
 
@@ -54,6 +54,17 @@ def test_published_ratio_of_duca() -> None:
     total = sum(flops(50, method="duca", interval=3, fresh_ratio=0.05, stack=True))
     assert round(total / 1e12, 3) == 9.575
     assert round(50 * FULL / total, 2) == 2.48
+
+
+@pytest.mark.parametrize(("interval", "ratio"), [(4, 2.94), (5, 3.30), (6, 3.76)])
+def test_published_ratios_of_flux(interval: int, ratio: float) -> None:
+    """FLUX.1-dev at 1024 px: 3719.5 T over 50 steps, and what ToCa leaves of it."""
+    sites = flux_sites()
+    rows = make_rows(make(50, method="toca", rules="flux", interval=interval), sites)
+    total = sum(toca_flops(rows, sites, batch=1, heads=24))
+    [full] = toca_flops(make_rows(make(1, method="full"), sites), sites, batch=1, heads=24)
+    assert 50 * full / 1e12 == pytest.approx(3719.5, rel=1e-3)
+    assert 50 * full / total == pytest.approx(ratio, rel=3e-3)
 
 
 def test_what_a_step_counts() -> None:

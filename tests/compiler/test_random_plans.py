@@ -139,9 +139,11 @@ def traced(model: nn.Module) -> TracedModel:
     return traced
 
 
-def compiled(traced: TracedModel, plan: Plan, *, verified: bool) -> Runner:
+def compiled(
+    traced: TracedModel, plan: Plan, *, verified: bool, varying: Sequence[str] = ("y",)
+) -> Runner:
     with nullcontext() if verified else mock.patch.object(pipeline, "verify"):
-        graphs = rewrite(traced, plan, varying=["y"])
+        graphs = rewrite(traced, plan, varying=varying)
     schedule = load_schedule(full(plan.steps))
     program = make_program(traced, schedule, plan, graphs, NO_COST)
     before = Prologues.of(program, named_prologues(graphs), batched=False)

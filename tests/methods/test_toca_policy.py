@@ -20,6 +20,7 @@ from tests.fake_sites import (
     DIT,
     FULL_50_3,
     PIXART,
+    flux_sites,
     kinds_of,
     make,
     make_site,
@@ -315,13 +316,22 @@ PRESETS = {  # steps that compute everything
     "toca-n3-pixart": 6,
     "toca-n2-pixart": 10,
     "duca-n3-pixart": 7,
+    "toca-n4-flux": 14,
+    "toca-n5-flux": 12,
+    "toca-n6-flux": 10,
+    "toca-opensora": 7,
+    "duca-opensora": 7,
 }
 
 
 @pytest.mark.parametrize(("name", "full"), PRESETS.items())
 def test_presets_compute_as_many_steps_as_they_say(name: str, full: int) -> None:
     schedule = load_schedule(name)
-    sites = make_sites(PIXART if "pixart" in name else DIT, stack=True)
+    sites = make_sites(DIT, stack=True)
+    if "pixart" in name or "opensora" in name:
+        sites = make_sites(PIXART, stack=True)
+    elif "flux" in name:
+        sites = flux_sites()
     rows = make_rows(schedule, sites)
     assert sum(all(a == Compute() for a in row) for row in rows) == full
     assert any(isinstance(a, Refresh) for row in rows for a in row)

@@ -213,7 +213,7 @@ def offload(model: nn.Module, moves: list[str]) -> None:
     model.forward = partial(forward, model)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_weights_that_are_moved_before_the_model_is_called(dit: Dit, first: bool) -> None:
     moves: list[str] = []
     model = dit.pipe.transformer

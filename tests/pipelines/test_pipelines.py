@@ -33,7 +33,8 @@ class Pair:
         assert relative_error(found, plain) > 1e-3
 
 
-DEAR = {"Wan": pytest.mark.slow}  # of which Wan2.2 has two
+# Of the others DiT has whole timesteps and no callbacks, SD3 one batch, Wan2.2 calls in turns.
+DEAR = dict.fromkeys(("PixArt", "Flux", "Wan"), pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=DEAR.get(n, ())) for n in PIPELINES])

@@ -246,7 +246,8 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, tiny: DiT, zipped: bool) -> N
 def test_unknown_weights_are_refused(tmp_path: Path) -> None:
     state = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))).state_dict()
     message = (
-        r"no known architecture; expected DiT or PixArt; found 8 tensors: 0\.weight, .* and 3 more"
+        r"no known architecture; expected DiT or PixArt or FLUX or STDiT3; "
+        r"found 8 tensors: 0\.weight, .* and 3 more"
     )
     with pytest.raises(ModelError, match=message):
         load_model(saved(tmp_path, state))

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -27,7 +26,7 @@ from torch import Tensor
 from cachegraph.backends import AheadOfTime, Graphs, Progress, Weights
 from cachegraph.backends.named import BATCH, NamedGraph
 from cachegraph.errors import BackendError
-from cachegraph.folders import cache_folder, make_folder, writing
+from cachegraph.folders import is_as_recorded, own_cache, record_content, writing
 from cachegraph.graph.serialise import graph_to_json
 from cachegraph.graph.weights import stored_weight
 from cachegraph.runtime.known import StepFunction
@@ -66,7 +65,7 @@ class Aoti(AheadOfTime):
         jobs = {name: _job(graph, weights, device) for name, graph in graphs.items()}
         wanted = {name: _cached(job) for name, job in jobs.items()}
         # Two graphs may be the same but for their names.
-        todo = {path: name for name, path in wanted.items() if not _is_whole(path)}
+        todo = {path: name for name, path in wanted.items() if not is_as_recorded(path)}
         progress(f"compiling ahead of time: {', '.join(todo.values()) or 'all is in the cache'}")
         if todo:
             _compile({path: jobs[name] for path, name in todo.items()}, todo, progress)
@@ -181,20 +180,11 @@ def _described(machine: Mapping[str, Any]) -> str:
 
 
 def _cache() -> Path:
-    return make_folder(cache_folder("aoti"))
+    return own_cache("aoti")
 
 
 def _cached(job: str) -> Path:
     return _cache() / f"{hashlib.sha256(job.encode()).hexdigest()}.pt2"
-
-
-def _is_whole(path: Path) -> bool:
-    """False also for a file of which a part is lost, as after a power failure."""
-    try:
-        with zipfile.ZipFile(path) as package:
-            return package.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
 
 
 def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Progress) -> None:
@@ -216,7 +206,9 @@ def _compile(jobs: Mapping[Path, str], names: Mapping[Path, str], progress: Prog
                 for path in _finished(running):
                     if running.pop(path).returncode:
                         raise _failure(names[path], (scratch / path.name).with_suffix(".log"))
-                    (scratch / path.name).rename(path)
+                    record_content(scratch / path.name)
+                    for name in (f"{path.name}.sha256", path.name):
+                        (scratch / name).rename(path.with_name(name))
                     progress(f"compiled {names[path]}, {len(waiting) + len(running)} to go")
         finally:
             for process in running.values():

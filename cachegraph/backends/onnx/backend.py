@@ -88,24 +88,19 @@ def _function(
     path: Path, graph: NamedGraph, provider: str, weights: Weights, device: torch.device
 ) -> StepFunction:
     """A session as a function of flat tensors."""
-    from onnxruntime import OrtValue
-
     model, stored = _with_weights_as_inputs(path, weights)
     session = _session(path, model, provider, device.index or 0)
     found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
     if found != [*graph.inputs, *stored, *graph.outputs]:
         what = "the ONNX file has other inputs and outputs than the graph"
         raise BackendError(what, place=str(path), remedy="compile again")
-    held = {name: OrtValue.from_dlpack(tensor) for name, tensor in stored.items()}
 
     # Values do not own the tensors, so the weights must live as long as the function does.
     def call(*tensors: Tensor, _kept: Any = stored) -> list[Tensor]:
         given = [as_real(tensor.detach().contiguous()) for tensor in tensors]
         made = graph.empty_outputs(tensors, device)
         binding = session.io_binding()
-        for name, value in held.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, tensor in zip(graph.inputs, given, strict=True):
+        for name, tensor in (*stored.items(), *zip(graph.inputs, given, strict=True)):
             binding.bind_input(name, *_place_of(tensor))
         for name, tensor in zip(graph.outputs, map(as_real, made), strict=True):
             binding.bind_output(name, *_place_of(tensor))

@@ -21,7 +21,7 @@ from torch import fx
 from cachegraph.backends import AheadOfTime, Graphs, Progress, Weights
 from cachegraph.backends.onnx.backend import Onnx, require
 from cachegraph.errors import BackendError
-from cachegraph.folders import cache_folder, make_folder
+from cachegraph.folders import is_as_recorded, own_cache, record_content
 from cachegraph.graph.weights import WEIGHTS_FILE, distinct, save_weights
 from cachegraph.runtime.runner import StepFunction
 
@@ -72,7 +72,7 @@ class TensorRT(AheadOfTime):
 
         plans = {name: binding_plan(graph) for name, graph in graphs.items()}
         content = _content_of(weights)
-        known = cache_folder(f"tensorrt-{machine.tensorrt}") / machine.gpu.replace(" ", "-")
+        known = f"tensorrt-{machine.tensorrt}-{machine.gpu.replace(' ', '-')}"
         with tempfile.TemporaryDirectory(prefix="cachegraph-") as beside:
             save_weights(distinct(weights)[0], Path(beside) / WEIGHTS_FILE)
             for name, model in models.items():
@@ -81,8 +81,8 @@ class TensorRT(AheadOfTime):
                 source = Path(beside) / f"{name}.onnx"
                 source.write_bytes(serialized)
                 key = _digest(serialized, content, json.dumps(list(map(asdict, plans[name]))))
-                kept = make_folder(known) / f"{key}.engine"
-                if not kept.is_file():
+                kept = own_cache(known) / f"{key}.engine"
+                if not is_as_recorded(kept):
                     engine = build_engine(source, model, plans[name], kept.parent, progress)
                     _write_whole(kept, engine)
                 (folder / f"{name}.engine").write_bytes(kept.read_bytes())
@@ -191,3 +191,4 @@ def _write_whole(path: Path, content: bytes) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_bytes(content)
     partial.replace(path)
+    record_content(path)

@@ -207,9 +207,12 @@ def _refit(
         if not t.external_data
     }
     refitter = trt.Refitter(engine, log)
-    kept = []  # TensorRT reads them when all are named
+    kept: list[object] = []  # TensorRT reads them when all are named
     for name in refitter.get_all_weights():
         tensor = stored_weight(weights, name) if is_stored(weights, name) else small.get(name)
+        if tensor is None and hasattr(trt, "OnnxParserRefitter"):
+            kept += _by_parser(path, refitter, model, weights, log)
+            break
         if tensor is None or tensor.dtype not in _TYPES:
             raise _unusable(path, f"the engine asks for an unknown weight {name!r}", [])
         tensor = tensor.detach().contiguous()
@@ -223,6 +226,29 @@ def _refit(
     torch.cuda.current_stream().synchronize()  # weights may still be on their way to the GPU
     if not refitter.refit_cuda_engine():
         raise _unusable(path, "the engine cannot be filled with weights", log.errors)
+
+
+def _by_parser(
+    path: Path, refitter: trt.Refitter, model: onnx.ModelProto, weights: Weights, log: _Log
+) -> list[object]:
+    """Let the parser name the weights, which made others of some; all that must be kept for it."""
+    parser = trt.OnnxParserRefitter(refitter, log)
+    ready = parser.load_model_proto(model.SerializeToString())
+    kept: list[object] = [parser]  # it holds those that it made
+    for initializer in model.graph.initializer:
+        if initializer.external_data:
+            if not is_stored(weights, initializer.name):
+                raise _unusable(
+                    path, f"the engine asks for an unknown weight {initializer.name!r}", []
+                )
+            tensor = stored_weight(weights, initializer.name).detach().cpu().contiguous()
+            kept.append(tensor)
+            given = initializer.name, tensor.data_ptr(), tensor.nbytes
+            ready = ready and parser.load_initializer(*given)
+    if not (ready and parser.refit_model_proto()):
+        told = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise _unusable(path, "the parser cannot fill the engine with weights", told or log.errors)
+    return kept
 
 
 def _refused(model: onnx.ModelProto, errors: Sequence[str]) -> BackendError:

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from cachegraph.errors import VerifyError
 from cachegraph.graph import ops
-from cachegraph.graph.step_graph import CONSTANT, KNOWN, SLOT, VALUE, Stage, StepGraph, copy_graph
+from cachegraph.graph.step_graph import CONSTANT, KNOWN, SLOT, Stage, StepGraph, copy_graph
 from cachegraph.graph.text import graph_text, node_lines
 from cachegraph.graph.weights import stored_weight
+from cachegraph.model.site import Site
 from cachegraph.model.structure import Dependence
 from cachegraph.plan.action import Compute, Forecast, Refresh, Reuse, sources
 from cachegraph.plan.slot import EXTRAS
@@ -276,25 +277,36 @@ def _needed(step: StepGraph, given: Given) -> tuple[set[str], set[tuple[str, int
         Names of traced nodes that have to be computed, and (site, value index) of reused values.
     """
     row = dict(zip((site.name for site in step.sites), step.variant.row, strict=True))
-    values = {n.meta[VALUE]: n for n in given.traced.nodes if VALUE in n.meta}
+    sites = {site.name: site for site in step.sites}
+    keys = {v.node: (site.name, i) for site in step.sites for i, v in enumerate(site.values)}
     outputs = given.traced.output_node().all_input_nodes
     by_name = {n.name: n for n in given.traced.nodes}
-    written = [slot for slot in step.written_slots() if slot.value not in EXTRAS]
-    todo = [*outputs, *(values[slot.site, slot.value] for slot in written)]
-    sources = {site.name: site.source for site in step.sites}
+    todo = [*outputs]
+    for slot in step.written_slots():
+        if slot.value not in EXTRAS:
+            todo += _parts(sites[slot.site], slot.value, by_name)
     computed: set[str] = set()
     reused: set[tuple[str, int]] = set()
     while todo:
         node = todo.pop()
-        key = node.meta.get(VALUE)
-        if key is not None and not isinstance(row.get(key[0], Compute()), Compute):
+        key = keys.get(node.name)
+        if key is not None and not isinstance(row[key[0]], Compute):
+            site = sites[key[0]]
             if key not in reused and isinstance(row[key[0]], Refresh):
-                todo += _around(given.dependence, node, by_name[sources[key[0]]])
+                todo += _around(given.dependence, node, by_name[site.source])
+            elif key not in reused:
+                todo += _parts(site, key[1], by_name)[1:]
             reused.add(key)
         elif node.name not in computed:
             computed.add(node.name)
             todo += node.all_input_nodes
     return computed, reused
+
+
+def _parts(site: Site, index: int, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """The node of a site's value, and the one that a relative value is the distance from."""
+    names = (site.values[index].node, *((site.source,) if site.relative else ()))
+    return [nodes[name] for name in names]
 
 
 def _around(dependence: Dependence, value: fx.Node, source: fx.Node) -> list[fx.Node]:

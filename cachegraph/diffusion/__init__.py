@@ -1,0 +1,1 @@
+"""The noise process of class-conditional diffusion: spaced timesteps, DDIM and DDPM, guidance."""

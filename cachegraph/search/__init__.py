@@ -1,0 +1,1 @@
+"""A schedule for a budget: found on the final image, at a cost that was measured."""

@@ -1,0 +1,1 @@
+"""Routers learned for a model and a number of steps: HarmoniCa and Learning-to-Cache."""

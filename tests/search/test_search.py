@@ -1,0 +1,270 @@
+"""Searching for a schedule: what is run, what is chosen, how it is resumed and refused."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import cachegraph as cg
+from cachegraph.cli import app
+from cachegraph.errors import InputError
+from cachegraph.schedule.schedule import load_schedule
+from cachegraph.search import run as running
+from cachegraph.search.front import Point, front
+from cachegraph.search.images import Reference, images_of
+from cachegraph.search.player import Player
+from cachegraph.search.run import CHECKED, Budget, Found, run_search
+from cachegraph.search.space import Candidate, Family, families, mutated, neighbours, starts
+from tests.models import compile_traced
+from tests.tiny import call, long_drift, tiny, traced
+
+STEPS = 8  # of long_drift
+MODEL, SAMPLER = "tests.tiny:tiny", "tests.tiny:long_drift"
+STACK = (("kinds", ("stack",)),)
+
+
+def player(**options: Any) -> Player:
+    return Player(tiny(), call(0), {}, **options)
+
+
+def search(out: Path, budget: Budget, **options: Any) -> Found:
+    given = {"trials": 60, "noises": 2, "check": 2, "progress": lambda *_: None} | options
+    return run_search(MODEL, out, budget, sampler=SAMPLER, steps=STEPS, **given)
+
+
+# --- running many schedules
+
+
+def compiled(keys: Any) -> nn.Module:
+    return cg.load(compile_traced(tiny(), traced(), keys))
+
+
+@pytest.mark.parametrize("remember", [1 << 20, 5_000, 0])
+def test_what_is_remembered_changes_nothing(remember: int) -> None:
+    """Schedules with common beginnings, each against an artifact of its own."""
+    plays = player(remember=remember)
+    modules = (("kinds", ("attn", "mlp")),)
+    asked = [
+        *[Family(STACK, "lagrange", 1).schedule(STEPS, full) for full in ((0, 2, 5), (0, 2, 6))],
+        Family(STACK, "lagrange", 2).schedule(STEPS, (0, 2, 5)),
+        Family(STACK, "foca").schedule(STEPS, (0, 2, 5)),
+        Family(modules, "taylor", 1).schedule(STEPS, (0, 2, 5)),
+        Family(STACK, "lagrange", 1).schedule(STEPS, (0, 2, 3)),
+    ]
+    for schedule in [*asked, *asked]:
+        for seed in (0, 1):
+            wanted = long_drift(compiled(schedule), seed)
+            assert torch.equal(long_drift(plays.runner(schedule, seed), seed), wanted)
+
+
+def test_equal_beginnings_run_once() -> None:
+    plays, steps = player(), list[int]()
+
+    def count(schedule: Any, seed: int) -> int:
+        steps.clear()
+        runner = plays.runner(schedule, seed)
+        run_step = runner.run_step
+        runner.run_step = lambda step, *rest: (steps.append(step), run_step(step, *rest))[1]
+        long_drift(runner, seed)
+        return len(steps)
+
+    family = Family(STACK, "lagrange", 1)
+    assert count(family.schedule(STEPS, (0, 2, 5)), 0) == STEPS
+    assert count(family.schedule(STEPS, (0, 2, 5)), 0) == 0
+    assert count(family.schedule(STEPS, (0, 2, 6)), 0) == STEPS - 5
+    assert count(family.schedule(STEPS, (0, 2, 5)), 1) == STEPS
+    graphs = len(plays._graphs)
+    count(family.schedule(STEPS, (0, 1, 4)), 0)
+    assert len(plays._graphs) == graphs  # other steps, no other graph
+
+
+# --- what may be chosen
+
+
+def test_families_are_those_that_fit() -> None:
+    found = families(traced(), ranges=False)
+    places = {family.sites for family in found}
+    assert places == {STACK, (("kinds", ("attn", "mlp")),)}
+    assert {family.basis for family in found} >= {"lagrange", "foca", "chebyshev", "adams"}
+    assert all(family.schedule(STEPS, (0, 2, 5)) for family in found)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(50, 10), (50, 1), (8, 3), (5, 5), (20, 19)])
+def test_starts_and_moves_stay_in_range(steps: int, count: int) -> None:
+    import random
+
+    chance, family = random.Random(0), Family(STACK, "lagrange", 1)
+    lists = starts(steps, count)
+    pool = [Candidate(family, full) for full in lists]
+    for one in list(pool):
+        pool += neighbours(one, steps, chance)
+    pool += [mutated(pool, steps, [family], chance) for _ in range(50)]
+    for one in pool:
+        assert one.full[0] == 0
+        assert len(set(one.full)) == count
+        assert list(one.full) == sorted(one.full)
+        assert one.full[-1] < steps
+
+
+# --- the search
+
+
+def test_a_list_among_the_best_is_found(tmp_path: Path) -> None:
+    """On the noises that it is chosen by; all lists of its family are tried here."""
+    out = tmp_path / "found.yaml"
+    found = search(out, Budget(full_steps=3), trials=150)
+    policy = load_schedule(out).policy
+    assert load_schedule(out) == found.schedule
+    plays = player()
+    reference = Reference.of({seed: images_of(long_drift(tiny(), seed)) for seed in (0, 1)})
+
+    def score(full: tuple[int, ...]) -> float:
+        keys = found.schedule.model_dump(exclude_none=True)
+        schedule = load_schedule(keys | {"policy": keys["policy"] | {"full_steps": full}})
+        values = [
+            psnr
+            for seed in (0, 1)
+            for psnr in reference.psnr(
+                seed, images_of(long_drift(plays.runner(schedule, seed), seed))
+            )
+        ]
+        return sum(values) / len(values)
+
+    every = {(0, *rest): score((0, *rest)) for rest in combinations(range(1, STEPS), 2)}
+    ranked = sorted(every.values(), reverse=True)
+    assert found.chosen_by >= ranked[2] - 1e-3
+    assert found.chosen_by >= max(every[full] for full in starts(STEPS, 3)) - 1e-3
+    assert every[policy.full_steps] == pytest.approx(found.chosen_by, abs=1e-3)
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "found.yaml"
+    found = search(out, Budget(full_steps=3))
+    assert out.read_text().startswith("# Found by search on tests.tiny:tiny: 3 of 8 steps full")
+    data = json.loads(out.with_suffix(".json").read_text())
+    assert data["checked"][0]["psnr"] == found.judged[0].psnr
+    assert data["checked"][0]["images"] == 4
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    lines = out.with_suffix(".trials.jsonl").read_text().splitlines()
+    seeds = {json.loads(line)["seed"] for line in lines[1:]}
+    assert seeds == {0, 1}
+    assert max(seeds) < CHECKED
+
+
+def test_it_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "found.yaml"
+    whole = search(out, Budget(full_steps=3))
+    log = out.with_suffix(".trials.jsonl")
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(lines[:31]) + "\n")
+    sampled = []
+    usual = running.images_of
+    monkeypatch.setattr(
+        "cachegraph.search.search.images_of", lambda made: sampled.append(1) or usual(made)
+    )
+    again = search(out, Budget(full_steps=3))
+    assert again.schedule == whole.schedule
+    assert log.read_text().splitlines() == lines
+    assert len(sampled) == len(lines) - 31
+    with pytest.raises(InputError, match="the log is of another search"):
+        search(out, Budget(full_steps=4))
+    log.write_text(lines[0] + "\nnonsense\n")
+    with pytest.raises(InputError, match="not the log of a search"):
+        search(out, Budget(full_steps=3))
+
+
+def test_a_time_is_met_or_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"one full step.* to .*uncached") as caught:
+        search(tmp_path / "a.yaml", Budget(seconds=1e-9))
+    low, high = [float(word) for word in str(caught.value).split() if _is_number(word)][:2]
+    assert 0 < low < high
+    with pytest.raises(InputError, match="no schedule takes this time"):
+        search(tmp_path / "b.yaml", Budget(seconds=1e3))
+    with pytest.raises(InputError, match="no schedule takes this time"):
+        search(tmp_path / "c.yaml", Budget(speedup=1e6))
+    found = search(tmp_path / "d.yaml", Budget(speedup=1 + 0.6 * (high / low - 1)), trials=30)
+    assert found.predicted is not None
+    assert found.predicted <= 1.01 * high / (1 + 0.6 * (high / low - 1)) * 2  # times are noisy here
+    assert found.judged[0].seconds is not None
+
+
+def _is_number(word: str) -> bool:
+    return word.replace(".", "").replace("e-", "").isdigit()
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(full_steps=0), "no schedule has so many full steps; expected 1 to 8; found 0"),
+        (Budget(full_steps=9), "no schedule has so many full steps; expected 1 to 8; found 9"),
+        (Budget(), "not one budget"),
+        (Budget(full_steps=3, seconds=1.0), "not one budget"),
+        (Budget(speedup=0.5), "no schedule is needed for that speed-up"),
+    ],
+)
+def test_bad_budgets_are_refused(budget: Budget, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        search(tmp_path / "found.yaml", budget)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sampler_of_other_steps_is_refused(tmp_path: Path) -> None:
+    given = {"trials": 9, "noises": 1, "check": 1, "progress": lambda *_: None}
+    with pytest.raises(InputError, match="once a step"):
+        run_search(
+            MODEL, tmp_path / "a.yaml", Budget(full_steps=2), sampler=SAMPLER, steps=9, **given
+        )
+
+
+# --- images and pictures
+
+
+def test_psnr_against_numbers() -> None:
+    black = torch.zeros(2, 1, 4, 4)
+    reference = Reference.of({0: torch.cat([black[:1], black[:1] + 1])})
+    assert reference.peak == 1
+    assert reference.psnr(0, reference.images[0] + 0.1) == pytest.approx([20.0, 20.0], abs=1e-4)
+    assert reference.psnr(0, reference.images[0] * torch.nan) == [0.0, 0.0]
+    assert Reference.of({0: black - 1}).peak == 2
+    assert Reference.of({0: torch.tensor([[3.0, -5.0]])}).peak == 8
+    with pytest.raises(InputError, match="another shape"):
+        reference.psnr(0, black[:1])
+
+
+@pytest.mark.parametrize("made", [None, "images", torch.tensor(3.0), []])
+def test_samplers_without_images_are_refused(made: object) -> None:
+    with pytest.raises(InputError, match="the sampler returns no images"):
+        images_of(made)
+
+
+def test_images_of_pipelines() -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    made: Any = type("Output", (), {"images": [image_module.new("RGB", (2, 2), (255, 0, 0))]})()
+    found: Tensor = images_of(made)
+    assert found.shape == (1, 2, 2, 3)
+    assert found[0, 0, 0].tolist() == [1, 0, 0]
+
+
+def test_the_front() -> None:
+    points = [Point("a", 10, 40), Point("b", 12, 39), Point("c", 12, 45), Point("d", 9, 40)]
+    assert [point.name for point in front(points)] == ["d", "c"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "found.yaml"
+    few = ["--trials", "20", "--noises", "1", "--check", "1", "--steps", "8"]
+    given = ["search", MODEL, "--sampler", SAMPLER, "--budget", "3", "-o", str(out), *few]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert f"{out}: " in done.output
+    refused = CliRunner().invoke(app, [*given[:5], "99", *given[6:]])
+    assert refused.exit_code == 2
+    assert "expected 1 to 8" in refused.output
