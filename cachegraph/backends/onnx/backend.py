@@ -95,8 +95,8 @@ def _function(
         what = "the ONNX file has other inputs and outputs than the graph"
         raise BackendError(what, place=str(path), remedy="compile again")
 
-    # Values do not own the tensors, so the weights must live as long as the function does.
-    def call(*tensors: Tensor, _kept: Any = stored) -> list[Tensor]:
+    # What is bound is memory: the weights must live as long as the function does.
+    def call(*tensors: Tensor) -> list[Tensor]:
         given = [as_real(tensor.detach().contiguous()) for tensor in tensors]
         made = graph.empty_outputs(tensors, device)
         binding = session.io_binding()
