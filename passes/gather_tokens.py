@@ -17,12 +17,10 @@ from cachegraph.graph.step_graph import ORIGIN, Origin, StepGraph
 
 aten = torch.ops.aten
 
+# Beside those that torch itself calls pointwise.
 _POINTWISE = {
-    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar),
-    *(aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default),
-    *(aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default),
-    *(aten.tanh.default, aten.exp.default, aten.rsqrt.default, aten.sqrt.default),
-    *(aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default),
+    *(aten._to_copy.default, aten.alias.default, aten.detach.default),
+    *(aten.hardswish.default, aten.log_sigmoid.default),
 }
 _REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
 
@@ -135,7 +133,7 @@ class _Region:
         """Arguments of the copy and its token axis."""
         target: Any = node.target
         args: Any = fx.node.map_arg(node.args, self._copy_of)
-        if target in _POINTWISE:
+        if target in _POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
             return args, self._pointwise(node)
         rule = _RULES.get(target)
         if rule is None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -289,11 +290,14 @@ def make_inputs(
         config: of the model.
         time: the timestep, for the whole batch; as the configuration says where left out.
         seed: of the random inputs.
-        batch: a multiple of the configuration's.
+        batch: another than the configuration's.
     """
     generator = torch.Generator().manual_seed(seed)
-    factor = (batch or config["batch"]) // config["batch"]
-    inputs = {k: _input(v, generator, factor) for k, v in config["inputs"].items()}
+    factor = Fraction(batch or config["batch"], config["batch"])
+    entries = {
+        name: _of_items(entry, config["batch"], factor) for name, entry in config["inputs"].items()
+    }
+    inputs = {name: _input(entry, generator, factor) for name, entry in entries.items()}
     if time is not None:
         inputs["timestep"] = torch.full_like(inputs["timestep"], time)
     return inputs
@@ -309,7 +313,16 @@ def trajectory(config: Mapping[str, Any], steps: int, *, seed: int = 0) -> Itera
         yield lasting | {name: fresh[name] for name in ("hidden_states", "timestep")}
 
 
-def _input(entry: Mapping[str, Any], generator: torch.Generator, factor: int) -> Any:
+def _of_items(entry: Mapping[str, Any], batch: int, factor: Fraction) -> Mapping[str, Any]:
+    """A list of one entry an item, for another batch; tensors in it are of one item each."""
+    children = entry.get("list", [])
+    own = len(children) == batch and not any("py" in child for child in children)
+    if own and '"batch_dims": [0' not in json.dumps(children):
+        return {"list": [children[i % batch] for i in range(int(batch * factor))]}
+    return entry
+
+
+def _input(entry: Mapping[str, Any], generator: torch.Generator, factor: Fraction) -> Any:
     match entry:
         case {"tensor": spec}:
             return _tensor(spec, generator, factor)
@@ -318,21 +331,19 @@ def _input(entry: Mapping[str, Any], generator: torch.Generator, factor: int) ->
         case {"tuple": children}:
             return tuple(_input(child, generator, factor) for child in children)
         case {"dict": children}:
-            keys = (int(k) if k.isdecimal() else k for k in children)  # JSON has texts only
-            return {
-                k: _input(child, generator, factor)
-                for k, child in zip(keys, children.values(), strict=True)
-            }
+            named = {k: _input(child, generator, factor) for k, child in children.items()}
+            return {int(k) if k.isdecimal() else k: child for k, child in named.items()}
     return entry["py"]
 
 
-def _tensor(spec: Mapping[str, Any], generator: torch.Generator, factor: int) -> Tensor:
+def _tensor(spec: Mapping[str, Any], generator: torch.Generator, factor: Fraction) -> Tensor:
     dtype = getattr(torch, spec["dtype"])
     factors = [factor if dim in spec["batch_dims"] else 1 for dim in range(len(spec["shape"]))]
-    shape = [size * times for size, times in zip(spec["shape"], factors, strict=True)]
+    shape = [int(size * times) for size, times in zip(spec["shape"], factors, strict=True)]
     if "values" in spec:
         values = torch.tensor(spec["values"], dtype=dtype).reshape(spec["shape"])
-        return values.repeat(factors) if factors else values
+        values = values.repeat([math.ceil(times) for times in factors]) if factors else values
+        return values[tuple(map(slice, shape))].clone()
     if "fill" in spec:
         return torch.full(shape, spec["fill"], dtype=dtype)
     if spec["gen"] == "randint":

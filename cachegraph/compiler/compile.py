@@ -18,6 +18,7 @@ from cachegraph.errors import ModelError
 from cachegraph.graph.provenance import Provenance
 from cachegraph.graph.step_graph import StepGraph
 from cachegraph.graph.text import graph_text
+from cachegraph.model.export import changing
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.passes import passes_without
 from cachegraph.plan.plan import Plan
@@ -74,6 +75,7 @@ def build(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    by_item: bool = True,
     varying: Sequence[str] = (),
     disable: Sequence[str] = (),
     traced: TracedModel | None = None,
@@ -87,6 +89,8 @@ def build(
         args: example inputs; the model's own ``example_inputs()`` where left out.
         kwargs: example inputs by name.
         dynamic_batch: let the batch vary where torch.export can.
+        by_item: where it cannot, take batches apart, if items do not depend on another. Their
+            products are rounded otherwise than those of a batch.
         varying: inputs that differ from step to step, beside the first one and the timestep.
         disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
         traced: the model's trace, where it is there already.
@@ -100,7 +104,10 @@ def build(
     if traced is None:
         say("tracing the model")
         args, kwargs = example_inputs(model, args, kwargs)
-        traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch)
+        traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch, by_item=by_item)
+    for one in traced.contents:
+        if (name := traced.signature.inputs[one.input][0]) in varying:
+            raise changing(one.place, name)
     plan = plan_of(asked, traced)
     weights = module_weights(traced)
     reports: list[PassReport] = []

@@ -54,13 +54,15 @@ def make_program(
         variants=layouts,
         request=prologue_interface(request, Role.REQUEST),
         signature=traced.signature,
-        lasting=_lasting(graphs),
+        lasting=_lasting(graphs, traced),
         batch=traced.batch,
         symbols=dict(traced.symbols),
         timesteps=schedule.timesteps,
         ascending=schedule.order == "ascending",
         config=traced.config,
         conditions=traced.conditions,
+        contents=traced.contents,
+        items=traced.items,
     )
 
 
@@ -161,8 +163,8 @@ def _frees(plan: Plan, step: int) -> tuple[Made, ...]:
     return tuple(found)
 
 
-def _lasting(graphs: Sequence[StepGraph]) -> tuple[int, ...]:
-    used: set[int] = set()
+def _lasting(graphs: Sequence[StepGraph], traced: TracedModel) -> tuple[int, ...]:
+    used = {one.input for one in traced.contents}
     for step in graphs:
         for module in (step.request, step.prologue):
             if module is None:

@@ -191,3 +191,22 @@ def _evaluate(node: fx.Node) -> Any:
     mode = next((m for m in modes if m is not None), None)
     with mode or nullcontext(), torch.no_grad():
         return target(*args, **kwargs)
+
+
+def make_node(
+    graph: fx.Graph, target: Any, args: Any, like: fx.Node, kwargs: Mapping[str, Any] | None = None
+) -> fx.Node:
+    """A call at the graph's point of insertion, with the shape that it has.
+
+    Args:
+        graph: to put it in.
+        target: operator.
+        args: nodes and constants.
+        like: of whose module the call becomes a part.
+        kwargs: the same by name.
+    """
+    node = graph.call_function(target, tuple(args), dict(kwargs or {}))
+    if "nn_module_stack" in like.meta:
+        node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
+    node.meta["val"] = _evaluate(node)
+    return node

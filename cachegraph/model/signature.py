@@ -78,7 +78,7 @@ class CallSignature:
         Raises:
             SessionError: the call does not have the traced form.
         """
-        given = self._bind(args, kwargs)
+        given = self.bind(args, kwargs)
         found: dict[int, Tensor] = {}
         for parameter in self.parameters:
             name = parameter.name
@@ -110,7 +110,12 @@ class CallSignature:
                 remedy="trace it with return_dict=True, or call it with return_dict=False",
             )
 
-    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name.
+
+        Raises:
+            SessionError: there are too many, or one is unknown or given twice.
+        """
         names = [p.name for p in self.parameters if p.positional]
         if len(args) > len(names):
             raise SessionError(
@@ -258,11 +263,13 @@ def _match(path: str, tree: Tree, value: Any, found: dict[int, Tensor]) -> None:
         case {"const": traced}:
             _match_constant(path, traced, value)
         case {"dict": children}:
+            # Keys that are numbers are texts in a manifest.
             value = {} if value is None else value
-            if not isinstance(value, dict) or set(value) != set(children):
+            given = {str(k): v for k, v in value.items()} if isinstance(value, dict) else None
+            if given is None or given.keys() != set(map(str, children)):
                 raise _other_form(path, f"a dict with the keys {sorted(children)}", value)
             for key, child in children.items():
-                _match(f"{path}.{key}", child, value[key], found)
+                _match(f"{path}.{key}", child, given[str(key)], found)
         case {"list": children} | {"tuple": children}:
             if not isinstance(value, list | tuple) or len(value) != len(children):
                 raise _other_form(path, f"{len(children)} values", value)

@@ -18,6 +18,7 @@ from .folding import find_folding
 from .site import Site, SiteKind, SiteValue
 from .streams import inner_of, tokens_of
 from .structure import (
+    ADDED_PRODUCTS,
     ATTENTION,
     CARRIED,
     CASTS,
@@ -33,6 +34,9 @@ from .structure import (
     output_module,
     shape_of,
     strip,
+    summed,
+    summed_product,
+    unscaled,
 )
 
 
@@ -117,19 +121,18 @@ def _residual(
     dependence: Dependence, node: fx.Node, residual: dict[fx.Node, fx.Node]
 ) -> tuple[fx.Node, fx.Node] | None:
     """(source, end of the branch) where the node is a residual add."""
-    if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+    terms = [t for t in summed(node) if shape_of(t) == shape_of(node)]
+    if len(terms) < 2 or dependence.is_constant(node):
         return None
-    left, right = node.args
-    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
-        return None
-    if not shape_of(left) == shape_of(right) == shape_of(node) or dependence.is_constant(node):
-        return None
-    for carried, branch in ((left, right), (right, left)):
-        source = strip(carried, CARRIED)
-        if source is not branch and dependence.depends(branch, source):
-            return source, branch
-    for carried, branch in ((left, right), (right, left)):
-        known = residual.get(strip(carried, CARRIED))
+    pairs = [(one, other) for one in terms for other in terms if one is not other]
+    # A stream that was scaled on its way counts where nothing else does: ``0.8 * x + 0.6 * f(x)``.
+    for carried in (lambda n: strip(n, CARRIED), unscaled):
+        for one, branch in pairs:
+            source = carried(one)
+            if source is not branch and dependence.depends(branch, source):
+                return source, branch
+    for one, branch in pairs:
+        known = residual.get(strip(one, CARRIED))
         if known is not None and dependence.depends(branch, known):
             return known, branch
     return None
@@ -244,16 +247,22 @@ def _in_series(dependence: Dependence, linears: Sequence[fx.Node]) -> bool:
 def _cores(dependence: Dependence, region: list[fx.Node]) -> tuple[fx.Node, ...]:
     """Attention cores: SDPA, or two products of activations in series (with or without softmax)."""
     whole = [n for n in region if n.target in ATTENTION or str(n.target) == "flex_attention"]
-    products = [n for n in region if n.target in PRODUCTS and _mixes(dependence, n)]
+    products = [n for n in region if _mixes(dependence, n)]
     if not _in_series(dependence, products):
         products = []
     return tuple(sorted([*whole, *products], key=dependence.index.__getitem__))
 
 
 def _mixes(dependence: Dependence, node: fx.Node) -> bool:
-    """True for a product of two activations of rank 3 or more."""
-    factors = [n for n in node.all_input_nodes if not dependence.is_constant(n)]
-    return len(shape_of(node)) >= 3 and len(factors) >= 2
+    """True for a product of two activations of rank 3 or more, be it written as a sum."""
+    product = summed_product(node)
+    if product is None and node.target not in PRODUCTS:
+        return False
+    factors = product or [n for n in node.all_input_nodes if not dependence.is_constant(n)]
+    return (
+        len(shape_of(factors[0] if product else node)) >= 3
+        and len([n for n in factors if not dependence.is_constant(n)]) >= 2
+    )
 
 
 def _is_linear(dependence: Dependence, node: fx.Node) -> bool:
@@ -313,7 +322,9 @@ def _kind(dependence: Dependence, group: list[_Branch]) -> SiteKind:
         return SiteKind.ATTN  # joint attention of two streams
     source = group[0].source
     for core in group[0].cores:
-        factors = [a for a in core.args[:3] if isinstance(a, fx.Node)]
+        # Of a product that something is added to, that is no factor.
+        given = core.args[1:3] if core.target in ADDED_PRODUCTS else core.args[:3]
+        factors = [a for a in given if isinstance(a, fx.Node)]
         if any(not dependence.depends(a, source) for a in factors):
             return SiteKind.CROSS_ATTN
     return SiteKind.ATTN

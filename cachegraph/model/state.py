@@ -253,7 +253,7 @@ def _flat(items: Iterable[tuple[Any, Any]]) -> list[Any]:
     return [part for item in items for part in item]
 
 
-def _is_symbolic(value: Any) -> bool:
+def is_symbolic(value: Any) -> bool:
     """Whether a value is a tensor without data, or one of its sizes."""
     kind = type(value)
     return issubclass(kind, _SYMBOLS) or (
@@ -277,7 +277,7 @@ def _holds_symbols(holder: Any) -> bool:
     seen: dict[int, Any] = {}
     for _ in range(_DEEP):
         found = [one for one in gc.get_referents(*level) if not isinstance(one, (*_PLAIN, *_CODE))]
-        if any(map(_is_symbolic, found)):
+        if any(map(is_symbolic, found)):
             return True
         level = [one for one in {id(one): one for one in found}.values() if id(one) not in seen]
         level = [one for one in level if not isinstance(one, (Tensor, nn.Module))]

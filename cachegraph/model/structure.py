@@ -39,6 +39,7 @@ PRODUCTS = {
     aten._int_mm.default,  # of quantised weights
     *(aten._scaled_mm.default, aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default),
 }
+ADDED_PRODUCTS = {aten.baddbmm.default, aten.addmm.default}
 ATTENTION = {aten.scaled_dot_product_attention.default}
 
 
@@ -82,6 +83,47 @@ def strip(node: fx.Node, through: set[Any]) -> fx.Node:
     while node.target in through and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def summed(node: fx.Node) -> list[fx.Node]:
+    """What a node adds up, if it does: also with factors, as a difference or a mean of two."""
+    given: Any = node.args
+    match node.target:
+        case aten.add.Tensor | aten.sub.Tensor | aten.lerp.Scalar | aten.lerp.Tensor:
+            terms = given[:2]
+        case aten.addcmul.default:
+            terms = given[:3]
+        case _:
+            return []
+    return [term for term in terms if isinstance(term, fx.Node)]
+
+
+def unscaled(node: fx.Node) -> fx.Node:
+    """A stream before it was multiplied by numbers, or by what does not depend on it."""
+    while True:
+        node = strip(node, CARRIED)
+        if node.target not in (aten.mul.Tensor, aten.div.Tensor):
+            return node
+        first, second = node.args
+        if not isinstance(first, fx.Node) or shape_of(first) != shape_of(node):
+            first, second = second, first
+        if not isinstance(first, fx.Node) or shape_of(first) != shape_of(node):
+            return node
+        if isinstance(second, fx.Node) and shape_of(second)[1:-1] == shape_of(node)[1:-1]:
+            return node  # a factor for every token: more than a scale
+        node = first
+
+
+def summed_product(node: fx.Node) -> list[fx.Node] | None:
+    """Factors of ``(a * b).sum(dim)`` where each is spread over an axis of the other's."""
+    product = node.args[0] if node.target is aten.sum.dim_IntList else None
+    if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor:
+        return None
+    factors = [a for a in product.args if isinstance(a, fx.Node)]
+    sizes = len(shape_of(product))
+    shapes = [("1",) * (sizes - len(shape_of(f))) + shape_of(f) for f in factors]
+    spread = [any(a == "1" != b for a, b in zip(s, shape_of(product), strict=True)) for s in shapes]
+    return factors if len(factors) == 2 and all(spread) else None
 
 
 def cut(node: fx.Node) -> tuple[Any, Any, int | None]:

@@ -7,22 +7,20 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree
 
 from cachegraph.errors import ModelError, SiteError, TraceError
 from cachegraph.spec import TensorSpec
 
-from .conditions import failed
-from .functional import functional
-from .guards import branches, conditions_of, line_that_fixes
-from .lines import line_of_node, quiet, untraceable
+from .contents import Contents
+from .export import CHECKS, Exported, export, symbols_of, unknown_sizes
+from .items import Items
+from .lines import line_of_node
 from .signature import CallSignature, call_arguments, make_signature
 from .site import Site
 from .sites import find_sites
@@ -32,17 +30,6 @@ from .wrapped import refuse_wrapped
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
-
-# Checks of sizes and dtypes that torch.export writes into the graph. They have no result, keep dead
-# code alive, and the runner checks every call against the signature anyway.
-_CHECKS = {
-    aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default,
-    aten.sym_constrain_range.default,
-    aten.sym_constrain_range_for_size.default,
-    aten._assert_async.msg,
-}
-_AUTOCAST = "wrap_with_autocast"
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,8 @@ class TracedModel:
         config: the model's own configuration (diffusers), as plain data.
         conditions: on the symbols, such as ``s0 <= 3``: where one does not hold, the graph is not
             the model; see :mod:`.conditions`.
+        contents: of inputs, which the model reads: for others the graph is not the model.
+        items: how a call is taken apart where the graph is of one item of the batch.
     """
 
     module: fx.GraphModule
@@ -71,6 +60,8 @@ class TracedModel:
     fixed_batch_reason: str
     config: Mapping[str, Any]
     conditions: tuple[str, ...] = ()
+    contents: tuple[Contents, ...] = ()
+    items: Items | None = None
 
 
 def trace(
@@ -79,6 +70,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    by_item: bool = True,
 ) -> TracedModel:
     """Trace a model; nothing about it is changed.
 
@@ -87,6 +79,7 @@ def trace(
         args: example inputs; the first dimension of the first tensor is the batch.
         kwargs: example inputs by name.
         dynamic_batch: let the batch vary where torch.export can; else it is fixed.
+        by_item: where it cannot, trace one item of the batch, if items do not depend on another.
 
     Raises:
         ModelError: the model is in training mode or wrapped, or no input is a tensor.
@@ -103,19 +96,17 @@ def trace(
     arguments = call_arguments(model, args, kwargs or {})
     with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
-        program, source, conditions, reason = _export(model, arguments, dynamic_batch)
-    flat = _flatten(source, len(_pytree.tree_leaves(arguments)))
-    found = _finish(model, flat, arguments, program, reason)
-    return replace(found, conditions=conditions)
+        exported = export(model, arguments, dynamic_batch, by_item)
+    flat = _flatten(exported.source, len(_pytree.tree_leaves(dict(exported.arguments))))
+    return _finish(model, flat, exported)
 
 
 def _finish(
     model: nn.Module,
     module: fx.GraphModule,
-    arguments: Mapping[str, Any],
-    program: ExportedProgram,
-    reason: str,
+    exported: Exported,
 ) -> TracedModel:
+    arguments, program = exported.arguments, exported.program
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     tensors = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     returned = next(iter(module.graph.find_nodes(op="output"))).args[0]
@@ -142,114 +133,23 @@ def _finish(
         stack=find_stack(module.graph, sites),
         signature=signature,
         batch=None if isinstance(first, int) else first,
-        symbols=_symbols(inputs, tensors),
-        fixed_batch_reason=reason if isinstance(first, int) else "",
+        symbols=symbols_of(inputs, tensors),
+        fixed_batch_reason=exported.reason if isinstance(first, int) else "",
         config=_plain_config(model),
+        conditions=exported.conditions,
+        contents=exported.contents,
+        items=exported.items,
     )
-
-
-def _export(
-    model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool
-) -> tuple[ExportedProgram, fx.GraphModule, tuple[str, ...], str]:
-    """Export with a symbolic batch and its conditions where that works; else why it is fixed."""
-    leaves = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    if not leaves or not leaves[0].ndim:
-        raise ModelError(
-            "the example inputs hold no tensor with a batch dimension",
-            expected="the latent first, with the batch as its first dimension",
-        )
-    reason = "asked for"
-    if dynamic_batch:
-        # Export takes a size of 1 for a constant, so a batch of one is traced as two.
-        batch = leaves[0].shape[0]
-        example = _with_batch(arguments, batch, 2) if batch == 1 else arguments
-        try:
-            with branches() as asked:
-                program, source = _export_once(model, example, max(batch, 2))
-        except TraceError:
-            raise
-        except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
-            reason = f"torch.export: {_first_line(error)}"
-        else:
-            conditions, reason = _conditions(program, asked, leaves)
-            if conditions is not None and not (reason and batch == 1):
-                return program, source, conditions, reason
-        _log.info("batch is fixed: %s", reason)
-    try:
-        return *_export_once(model, arguments, None), (), reason
-    except TraceError:
-        raise
-    except Exception as error:
-        raise untraceable(model, leaves, error) from error
-
-
-def _conditions(
-    program: ExportedProgram, asked: Mapping[Any, str], leaves: Sequence[Tensor]
-) -> tuple[tuple[str, ...] | None, str]:
-    """What sizes must fulfil, None where that has no form; and why the batch is fixed if it is."""
-    names = set(program.graph_signature.user_inputs)
-    holders = (n for n in program.graph.find_nodes(op="placeholder") if n.name in names)
-    inputs = [n.meta["val"] for n in holders if isinstance(n.meta.get("val"), Tensor)]
-    symbols = _symbols(inputs, leaves)
-    try:
-        conditions = conditions_of(program, asked, symbols)
-    except ValueError as error:
-        return None, f"the model branches on sizes: {error}"
-    if isinstance(TensorSpec.of(inputs[0]).shape[0], int):
-        line = line_that_fixes(program, asked)
-        return conditions, f"the model fixes it ({line})" if line else "the model fixes it"
-    if (broken := failed(conditions, symbols)) is not None:
-        return None, f"the model takes batches of one another way ({broken} for all others)"
-    return conditions, ""
-
-
-def _symbols(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, int]:
-    """Symbol -> size, of symbolic inputs that stand for the given tensors."""
-    return {
-        str(dim): size
-        for value, tensor in zip(inputs, tensors, strict=True)
-        for dim, size in zip(value.shape, tensor.shape, strict=True)
-        if not isinstance(dim, int) and str(dim).isidentifier()
-    }
-
-
-def _export_once(
-    model: nn.Module, arguments: dict[str, Any], batch: int | None
-) -> tuple[ExportedProgram, fx.GraphModule]:
-    def dims(leaf: Any) -> dict[int, Any] | None:
-        varies = batch and isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
-        return {0: Dim.AUTO} if varies else None
-
-    shapes = _pytree.tree_map(dims, arguments) if batch else None
-    # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
-    given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, arguments)
-    with quiet():
-        program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
-    return functional(program)
-
-
-def _with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:
-    def resize(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == old:
-            return torch.cat([leaf] * new)
-        return leaf
-
-    return _pytree.tree_map(resize, arguments)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def _flatten(source: fx.GraphModule, leaves: int) -> fx.GraphModule:
     """A graph of aten calls with one placeholder a tensor and nodes named by their order."""
-    _inline_autocast(source)
     graph = fx.Graph()
     made: dict[fx.Node, Any] = {}
     counts: dict[str, int] = {}
     constants = 0
     for node in source.graph.nodes:
-        if node.target in _CHECKS:
+        if node.target in CHECKS:
             continue
         if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
             constants += 1
@@ -314,8 +214,7 @@ def _plain_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 def _refuse_unknown_shape(node: fx.Node) -> None:
     """Refuse what has no shape before it runs, and functions that are handed to an operator."""
-    unknown = sorted(map(str, free_unbacked_symbols(node.meta.get("val"))))
-    if unknown:
+    if unknown := unknown_sizes(node):
         found = f"{node.name} makes {', '.join(unknown)}, which only contents decide"
     elif node.op == "get_attr" and "val" not in node.meta and node.users:
         found = f"{next(iter(node.users)).name} takes the function {node.target}"
@@ -327,29 +226,6 @@ def _refuse_unknown_shape(node: fx.Node) -> None:
         found=found,
         remedy="do without .item(), boolean masks and operators that take a function",
     )
-
-
-def _inline_autocast(module: fx.GraphModule) -> None:
-    """Put the body of regions with autocast switched off into the graph itself."""
-    for node in list(module.graph.nodes):
-        if str(node.target) != _AUTOCAST:
-            continue
-        arguments: Any = node.args
-        _device, _dtype, enabled, _cache, body, *operands = arguments
-        if enabled:
-            raise TraceError(
-                "the model switches autocast on inside forward",
-                remedy="cast the model to the dtype it should run in",
-            )
-        inner: Any = module.get_submodule(body.target)
-        with module.graph.inserting_before(node):
-            holders = inner.graph.find_nodes(op="placeholder")
-            copied = dict(zip(holders, operands, strict=True))
-            returned: Any = module.graph.graph_copy(inner.graph, copied)
-        for user in list(node.users):  # getitem of the region's results
-            user.replace_all_uses_with(returned[user.args[1]])
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
 
 
 def _operations(graph: fx.Graph) -> str:

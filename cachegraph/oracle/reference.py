@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from cachegraph.errors import SiteError
+from cachegraph.model.items import joined
 from cachegraph.model.site import Site
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.plan.action import Action, Compute, Forecast, Refresh, Reuse, makes_value
@@ -22,9 +23,11 @@ from cachegraph.runtime.tracking import Position, Tracking, make_tracking
 from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import Schedule, load_schedule
 
+from .by_graph import GraphRun
 from .tokens import TokenChoice
 
 Values = dict[tuple[str, int], list[Tensor]]  # (site, step that made it) -> its values
+Made = dict[str, list[Tensor]]  # site -> its values
 
 
 class ReferenceRunner:
@@ -46,6 +49,7 @@ class ReferenceRunner:
         self.schedule = load_schedule(schedule)
         self._traced: TracedModel | None = None
         self._plan: Plan | None = None
+        self._items: dict[int, ReferenceRunner] = {}
         self._templates: dict[str, Any] = {}  # site -> what its module returns, values left out
         self.reset()
 
@@ -60,6 +64,7 @@ class ReferenceRunner:
 
     def reset(self) -> None:
         """Begin a new trajectory."""
+        self._items.clear()
         self._values: Values = {}
         self._choice: TokenChoice | None = None
         self._position = Position()
@@ -77,6 +82,11 @@ class ReferenceRunner:
             SessionError: the call does not fit the trajectory.
         """
         traced, plan = self._prepare(args, kwargs)
+        if (items := traced.items) is not None:
+            given = traced.signature.bind(args, kwargs)
+            if (count := items.count(given)) > 1:
+                parts = [items.part(given, number) for number in range(count)]
+                return joined([self._item(i)(**part, step=step) for i, part in enumerate(parts)])
         inputs = traced.signature.flatten(args, kwargs)
         position = self._tracking(traced, plan).locate(self._position, inputs, step)
         if position.step == 0:
@@ -84,30 +94,66 @@ class ReferenceRunner:
             if plan.selection is not None:
                 plan.selection.check_call(inputs[0].shape[0])
                 self._choice = TokenChoice(plan, plan.selection)
-        row = plan.rows[position.step]
-        made: dict[str, list[Tensor]] = {}
-        with ExitStack() as stack:
-            if (choice := self._choice) is not None:
-                stack.enter_context(choice.watch(self.model, row))
-            for site, action in zip(plan.sites, row, strict=True):
-                if choice is not None and isinstance(action, Refresh):
-                    self._refresh(stack, site, action, position.step, choice, made)
-                    continue
-                kept = self._kept(site, action)
-                stack.enter_context(self._at_site(site, kept, made))
-                if kept is not None and makes_value(action):
-                    made[site.name] = kept
-                if choice is not None and isinstance(action, Compute):
-                    note = partial(choice.computed, site, position.step)
-                    module = self._value_module(site, -1)
-                    stack.callback(module.register_forward_hook(note).remove)
-            result = self.model(*args, **kwargs)
+        if self.by_hooks:
+            result, made = self._hooked(plan, position.step, args, kwargs)
+        else:
+            run, made = self._interpreted(traced, plan, position.step, inputs)
+            result = run.result(kwargs.get("return_dict"))
         self._values.update({(name, position.step): v for name, v in made.items()})
         for freed in plan.freed_after[position.step]:
             if freed.part == VALUES:
                 self._values.pop((plan.sites[freed.site].name, freed.made), None)
         self._position = position
         return result
+
+    def _item(self, number: int) -> ReferenceRunner:
+        """The runner of one item of a batch, for a model that is traced for one."""
+        if number not in self._items:
+            traced, plan = self._prepare((), {})
+            self._items[number] = self.of_plan(self.model, traced, plan, self.schedule)
+        return self._items[number]
+
+    @property
+    def by_hooks(self) -> bool:
+        """Whether modules return every value of every site, so that hooks can replace it.
+
+        Else the traced graph is interpreted, with the values of sites replaced in it.
+        """
+        sites = self._plan.sites if self._plan is not None else ()
+        return all(value.module is not None for site in sites for value in site.values)
+
+    def _hooked(self, plan: Plan, step: int, args: Any, kwargs: Any) -> tuple[Any, Made]:
+        """What the model returns for one step, and what its sites made."""
+        row, made = plan.rows[step], Made()
+        with ExitStack() as stack:
+            if (choice := self._choice) is not None:
+                stack.enter_context(choice.watch(self.model, row))
+            for site, action in zip(plan.sites, row, strict=True):
+                if choice is not None and isinstance(action, Refresh):
+                    self._refresh(stack, site, action, step, choice, made)
+                    continue
+                kept = self._kept(site, action)
+                stack.enter_context(self._at_site(site, kept, made))
+                if kept is not None and makes_value(action):
+                    made[site.name] = kept
+                if choice is not None and isinstance(action, Compute):
+                    note = partial(choice.computed, site, step)
+                    module = self._value_module(site, -1)
+                    stack.callback(module.register_forward_hook(note).remove)
+            result = self.model(*args, **kwargs)
+        return result, made
+
+    def _interpreted(
+        self, traced: TracedModel, plan: Plan, step: int, inputs: Sequence[Tensor]
+    ) -> tuple[GraphRun, Made]:
+        """The graph with kept values in it, run, and what its sites made."""
+        actions = list(zip(plan.sites, plan.rows[step], strict=True))
+        found = ((site.name, self._kept(site, action)) for site, action in actions)
+        kept = {name: values for name, values in found if values is not None}
+        run = GraphRun(traced, plan.sites, kept)
+        run.run(*inputs)
+        again = {s.name: kept[s.name] for s, a in actions if s.name in kept and makes_value(a)}
+        return run, run.values() | again
 
     def _refresh(
         self,

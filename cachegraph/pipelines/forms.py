@@ -158,7 +158,9 @@ class Forms:
         self._progress(f"compiling for {_shown(words, steps)}")
         self._warn_of_many(words, steps)
         with bare(self.model):
-            built = build(self.model, schedule, (), arguments, varying=self._varying, traced=traced)
+            # Batches stay whole, and so bit for bit: another one is compiled for itself.
+            options: dict[str, Any] = {"varying": self._varying, "by_item": False}
+            built = build(self.model, schedule, (), arguments, traced=traced, **options)
         artifact = assemble(built, self.backend)
         if self._store is None:
             artifact.compile_ahead(progress=self._progress)

@@ -122,7 +122,11 @@ class KnownValues:
 
         Args:
             inputs: the model's.
+
+        Raises:
+            SessionError: an input has other contents than the graphs were made for.
         """
+        self._check_contents(inputs)
         self._lasting = [Lasting.of(inputs[i]) for i in self._program.lasting]
         self._rows.clear()
         request = self._prologues.request
@@ -216,6 +220,19 @@ class KnownValues:
         self._rows.update((s, _named(interface, row)) for s, row in zip(steps, rows, strict=True))
         if self._prologues.released is not None:
             self._prologues.released.drop()
+
+    def _check_contents(self, inputs: Sequence[Tensor]) -> None:
+        for one in self._program.contents:
+            if not one.fit(inputs[one.input]):
+                name = self._program.signature.inputs[one.input][0]
+                raise SessionError(
+                    f"the model does something else for these contents of {name!r} "
+                    "than was compiled",
+                    place=one.place,
+                    expected="those of the example call, which decide what is computed",
+                    found="other contents",
+                    remedy="compile the model with these inputs",
+                )
 
     def _check_lasting(self, step: int, inputs: Sequence[Tensor]) -> None:
         for index, lasting in zip(self._program.lasting, self._lasting, strict=True):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cachegraph.graph.interface import Interface
+from cachegraph.model.contents import Contents
+from cachegraph.model.items import Items
 from cachegraph.model.signature import CallSignature
 from cachegraph.model.site import Site
 from cachegraph.plan.action import Row
@@ -103,6 +105,8 @@ class Program:
             model.
         varying: inputs that were said to differ from step to step.
         disabled: names of exact optimisations that were left out.
+        contents: of inputs, which the model reads: for others the graphs are not the model.
+        items: how a call is taken apart where the graphs are of one item of the batch.
     """
 
     sites: tuple[Site, ...]
@@ -122,6 +126,8 @@ class Program:
     conditions: tuple[str, ...] = ()
     varying: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
+    contents: tuple[Contents, ...] = ()
+    items: Items | None = None
 
     def with_plan(self, other: OtherPlan) -> Program:
         """The program of another plan, over the same graphs."""

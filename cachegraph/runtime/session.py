@@ -19,6 +19,7 @@ from cachegraph.errors import (
     UnfinishedWarning,
     out_of_memory,
 )
+from cachegraph.model.items import joined
 
 from .continuity import Link, Trail
 from .cuda_graph import Replays
@@ -84,6 +85,31 @@ class Session:
         Raises:
             SessionError: the call does not have the traced form, or does not fit the trajectory.
         """
+        program = self._runner.program
+        if program.items is not None:
+            given = program.signature.bind(args, kwargs)
+            if (count := program.items.count(given)) > 1:
+                parts = [program.items.part(given, number) for number in range(count)]
+                return self._item_by_item(parts, step)
+        return self._call(args, kwargs, step)
+
+    def _item_by_item(self, parts: Sequence[dict[str, Any]], step: int | None) -> Any:
+        """A call of each item of a batch, in branches of their own; all of them or none."""
+        name, before = self._branch_name, dict(self._branches)
+        kept = {one: replace(b, values=dict(b.values)) for one, b in before.items()}
+        results = []
+        try:
+            for number, part in enumerate(parts):
+                self._branch_name = f"{name} (item {number})".lstrip() if number else name
+                results.append(self._call((), part, step))
+        except BaseException:
+            self._branches = kept
+            raise
+        finally:
+            self._branch_name = name
+        return joined(results)
+
+    def _call(self, args: Sequence[Any], kwargs: dict[str, Any], step: int | None) -> Any:
         runner = self._runner
         signature = runner.program.signature
         inputs = signature.flatten(args, kwargs)

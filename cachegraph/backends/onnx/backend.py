@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,10 @@ from cachegraph.errors import BackendError
 from cachegraph.graph.weights import is_stored, stored_weight
 from cachegraph.runtime.known import StepFunction
 
+from .real import as_real
+
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_KINDS = {torch.bfloat16: 16}  # the number that ONNX gives it, as numpy has none
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -86,27 +88,22 @@ def _function(
     path: Path, graph: NamedGraph, provider: str, weights: Weights, device: torch.device
 ) -> StepFunction:
     """A session as a function of flat tensors."""
-    from onnxruntime import OrtValue
-
     model, stored = _with_weights_as_inputs(path, weights)
     session = _session(path, model, provider, device.index or 0)
     found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
     if found != [*graph.inputs, *stored, *graph.outputs]:
         what = "the ONNX file has other inputs and outputs than the graph"
         raise BackendError(what, place=str(path), remedy="compile again")
-    held = {name: OrtValue.from_dlpack(_shared(tensor)) for name, tensor in stored.items()}
 
-    # Values do not own the tensors, so the weights must live as long as the function does.
-    def call(*tensors: Tensor, _kept: Any = stored) -> list[Tensor]:
-        given = [tensor.detach().contiguous() for tensor in tensors]
-        made = graph.empty_outputs(given, device)
+    # What is bound is memory: the weights must live as long as the function does.
+    def call(*tensors: Tensor) -> list[Tensor]:
+        given = [as_real(tensor.detach().contiguous()) for tensor in tensors]
+        made = graph.empty_outputs(tensors, device)
         binding = session.io_binding()
-        for name, value in held.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, tensor in zip(graph.inputs, given, strict=True):
-            binding.bind_ortvalue_input(name, OrtValue.from_dlpack(_shared(tensor)))
-        for name, tensor in zip(graph.outputs, made, strict=True):
-            binding.bind_ortvalue_output(name, OrtValue.from_dlpack(_shared(tensor)))
+        for name, tensor in (*stored.items(), *zip(graph.inputs, given, strict=True)):
+            binding.bind_input(name, *_place_of(tensor))
+        for name, tensor in zip(graph.outputs, map(as_real, made), strict=True):
+            binding.bind_output(name, *_place_of(tensor))
         if device.type == "cuda":  # onnxruntime has a stream of its own
             torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)
@@ -115,19 +112,13 @@ def _function(
     return call
 
 
-@dataclass(frozen=True)
-class _Truths:
-    """A bool tensor as onnxruntime wants it: it takes bytes, and the dtype to say what they are."""
-
-    bytes_: Tensor
-    dtype: torch.dtype = torch.bool
-
-    def __dlpack__(self) -> Any:
-        return self.bytes_.__dlpack__()
-
-
-def _shared(tensor: Tensor) -> Tensor | _Truths:
-    return _Truths(tensor.view(torch.uint8)) if tensor.dtype is torch.bool else tensor
+def _place_of(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
+    """What onnxruntime asks about a tensor's memory; its dlpack takes no booleans."""
+    device = tensor.device
+    kind: Any = _KINDS.get(tensor.dtype)
+    if kind is None:
+        kind = torch.empty(0, dtype=tensor.dtype).numpy().dtype.type
+    return device.type, device.index or 0, kind, list(tensor.shape), tensor.data_ptr()
 
 
 def _with_weights_as_inputs(path: Path, weights: Weights) -> tuple[bytes, dict[str, Tensor]]:

@@ -26,6 +26,8 @@ from cachegraph.errors import BackendError
 from cachegraph.graph.weights import WEIGHTS_FILE, is_stored, place_of, weight_offsets
 from cachegraph.spec import TensorSpec
 
+from .real import has_real_form, in_real_numbers, real_spec, touches_complex
+
 OPSET = 20  # the newest that every TensorRT 10 reads
 _OPSET_BFLOAT16 = 22  # the first with convolutions in bfloat16
 MODULE = "module"  # key in a node's metadata: path of the module that it was traced in
@@ -38,7 +40,10 @@ def untranslatable(graph: fx.Graph) -> list[str]:
     found: dict[str, str] = {}
     for node in _operations(graph):
         target: Any = node.target
-        if target not in _translated() | _decomposed() and not target._can_decompose():
+        if touches_complex(node):
+            if not has_real_form(target):
+                found.setdefault(f"no form of {target} in real numbers", node.name)
+        elif target not in _translated() | _decomposed() and not target._can_decompose():
             found.setdefault(f"no ONNX translation of {target}", node.name)
     return [f"{why} (node {name})" for why, name in found.items()]
 
@@ -57,8 +62,8 @@ def to_onnx(name: str, graph: NamedGraph, weights: Mapping[str, Tensor]) -> onnx
     """
     try:
         with torch.no_grad(), _quiet():
-            specs = list(graph.inputs.values())
-            module = fold_constants(graph.module)
+            specs = [real_spec(spec) for spec in graph.inputs.values()]
+            module = fold_constants(in_real_numbers(graph.module))
             exported = export_graph(module, specs, graph.example_sizes())
             model = _translate(exported, graph)
     except Exception as error:
@@ -162,18 +167,44 @@ def _attention(
 
     Engines know this form and fuse it.
     """
-    if dropout_p or is_causal or enable_gqa:
-        raise NotImplementedError("attention with dropout, a causal mask or grouped queries")
+    if dropout_p:
+        raise NotImplementedError("attention with dropout")
+    if enable_gqa:
+        key, value = _for_all_heads(key, query), _for_all_heads(value, query)
     rank = len(query.shape)
     swapped = (*range(rank - 2), rank - 1, rank - 2)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     products = op.MatMul(op.Mul(query, _number(factor, query)), op.Transpose(key, perm=swapped))
+    if is_causal:
+        attn_mask = _not_later(query, key)
     if attn_mask is not None:
-        if attn_mask.dtype == ir.DataType.BOOL:
+        if is_causal or attn_mask.dtype == ir.DataType.BOOL:
             zero, least = _number(0.0, query), _number(float("-inf"), query)
             attn_mask = op.Where(attn_mask, zero, least)
         products = op.Add(products, attn_mask)
     return op.MatMul(op.Softmax(products, axis=-1), value)
+
+
+def _for_all_heads(shared: Any, query: Any) -> Any:
+    """Keys or values that several heads of the queries share, once for each of them."""
+    rank, times = len(shared.shape), query.shape[-3] // shared.shape[-3]
+    if times == 1:
+        return shared
+    axis = rank - 2
+    many = op.Concat(*[op.Unsqueeze(shared, _whole(axis))] * times, axis=axis)
+    front, back = op.Shape(shared, start=0, end=rank - 3), op.Shape(shared, start=rank - 2)
+    return op.Reshape(many, op.Concat(front, _whole(query.shape[-3]), back, axis=0))
+
+
+def _not_later(query: Any, key: Any) -> Any:
+    """A mask of the keys that are no later than each query."""
+    lengths = [op.Squeeze(op.Shape(x, start=-2, end=-1), _whole(0)) for x in (query, key)]
+    rows, columns = (op.Range(_scalar(0), length, _scalar(1)) for length in lengths)
+    return op.GreaterOrEqual(op.Unsqueeze(rows, _whole(1)), columns)
+
+
+def _scalar(number: int) -> Any:
+    return op.Constant(value_int=number)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -273,7 +304,7 @@ def _check_interface(name: str, model: ir.Model, graph: NamedGraph, weights: int
         ("outputs", list(model.graph.outputs), graph.outputs),
     ):
         found = [f"{value.name}: {_spec_of(value)}" for value in values]
-        expected = [f"{key}: {_without_names(spec)}" for key, spec in wanted.items()]
+        expected = [f"{k}: {_without_names(real_spec(spec))}" for k, spec in wanted.items()]
         if found != expected:
             raise BackendError(
                 f"the {kind} of the graph did not survive the conversion to ONNX",
@@ -300,7 +331,8 @@ def _name_sizes(model: ir.Model, graph: NamedGraph) -> None:
     ends = [v for v in (*model.graph.inputs, *model.graph.outputs) if v.name in specs]
     names: dict[str, str] = {}
     for value in ends:
-        for made_up, dim in zip(value.shape or (), specs[str(value.name)].shape, strict=True):
+        shape = real_spec(specs[str(value.name)]).shape
+        for made_up, dim in zip(value.shape or (), shape, strict=True):
             if isinstance(dim, str) and dim.isidentifier():
                 names[str(made_up)] = dim
     for value in (*ends, *(out for node in model.graph for out in node.outputs)):

@@ -1,0 +1,338 @@
+"""A module exported: for any batch where that works, else item by item, else for one batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree
+
+from cachegraph.errors import ModelError, TraceError
+from cachegraph.spec import TensorSpec
+
+from .conditions import failed
+from .contents import Contents
+from .flex import write_out_flex_attention
+from .functional import functional
+from .guards import branches, conditions_of, line_that_fixes
+from .items import Items, batch_of, independent_items, two_items
+from .lines import quiet, untraceable
+from .masks import without_masks
+from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
+from .signature import TIMESTEP_NAMES
+
+aten = torch.ops.aten
+_log = logging.getLogger(__name__)
+
+# Checks of sizes and dtypes that torch.export writes into the graph. They have no result, keep dead
+# code alive, and the runner checks every call against the signature anyway.
+CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+    aten._assert_async.msg,
+}
+_AUTOCAST = "wrap_with_autocast"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What torch.export made of a module.
+
+    Attributes:
+        program: as it made it.
+        source: the same without anything written in place.
+        arguments: that it is of.
+        conditions: on sizes.
+        reason: why the batch is fixed, where it is.
+        contents: of inputs, which the model reads.
+        items: how a batch is taken apart, where the trace is of one item.
+    """
+
+    program: ExportedProgram
+    source: fx.GraphModule
+    arguments: Mapping[str, Any]
+    conditions: tuple[str, ...] = ()
+    reason: str = ""
+    contents: tuple[Contents, ...] = ()
+    items: Items | None = None
+
+
+def export(
+    model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool, by_item: bool
+) -> Exported:
+    """Export a module.
+
+    Args:
+        model: in eval mode.
+        arguments: an example call, by name.
+        dynamic_batch: let the batch vary where it can.
+        by_item: where it cannot, export one item, if items do not depend on another.
+
+    Raises:
+        ModelError: no input is a tensor with a batch.
+        TraceError: torch.export cannot follow the model.
+    """
+    leaves = _tensors(arguments)
+    if not leaves or not leaves[0].ndim:
+        raise ModelError(
+            "the example inputs hold no tensor with a batch dimension",
+            expected="the latent first, with the batch as its first dimension",
+        )
+    weights = (*model.parameters(), *model.buffers())
+    runs = not any(tensor.is_meta for tensor in (*weights, *leaves))
+    attempt = _Attempt(model, arguments, runs, by_item)
+    try:
+        return attempt.run(dynamic_batch)
+    except ReadError as error:
+        _log.info("the model reads numbers at %s: they are recorded in a plain call", error)
+    return _Attempt(model, arguments, runs, by_item, reading=True).run(dynamic_batch)
+
+
+def changing(place: str, name: str) -> TraceError:
+    """A model that reads numbers from an input that differs from step to step."""
+    return TraceError(
+        "the model reads numbers from an input that differs from step to step, and computes "
+        "something else for others",
+        place=place,
+        found=f"input {name!r}",
+        remedy="let it compute all cases (every expert for every token) and choose among them",
+    )
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way through: without reading any numbers, or with those of a plain call."""
+
+    model: nn.Module
+    arguments: dict[str, Any]
+    runs: bool  # the model has weights to run with
+    by_item: bool
+    reading: bool = False
+
+    def run(self, dynamic_batch: bool) -> Exported:
+        if not dynamic_batch:
+            return self._once(self.arguments, reason="asked for")
+        found, reason = self._any_batch()
+        if found is not None and not reason:
+            return found
+        _log.info("batch is fixed: %s", reason)
+        if (apart := self._item_by_item(reason)) is not None:
+            return apart
+        return self._once(self.arguments, reason=reason) if found is None else found
+
+    def _any_batch(self) -> tuple[Exported | None, str]:
+        """With a symbolic batch and its conditions; and why the batch is fixed, where it is."""
+        leaves = _tensors(self.arguments)
+        batch = leaves[0].shape[0]
+        if batch_of(self.arguments) != batch:
+            return None, "the first input is a list of an item each"
+        # Export takes a size of 1 for a constant, so a batch of one is traced as two.
+        example = _with_batch(self.arguments, batch, 2) if batch == 1 else self.arguments
+        reads = self._reads(example)
+        if reads and not self._reads_alike(reads, example):
+            return None, f"what the model reads depends on the batch ({_first_place(reads)})"
+        asked: dict[Any, str] = {}
+        try:
+            with branches() as asked:
+                program, source = self._export(example, reads, max(batch, 2))
+        except (TraceError, ReadError):
+            raise
+        except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
+            said = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); " if asked else ""
+            return None, f"{said}torch.export: {_first_line(error)}"
+        conditions, reason = _conditions(program, asked, leaves)
+        if reason and asked and not reason.startswith(_BRANCHES):
+            reason = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); {reason}"
+        if conditions is None or (reason and batch == 1):
+            return None, reason
+        contents = contents_of(reads, _tensors(example), rows=True)
+        return Exported(program, source, self.arguments, conditions, reason, contents), reason
+
+    def _reads_alike(self, reads: Mapping[Any, Read], example: Mapping[str, Any]) -> bool:
+        """Whether another batch of the same items makes the model read the same."""
+        batch, leaves = _tensors(example)[0].shape[0], _tensors(example)
+        used = (leaves[i] for i in frozenset[int]().union(*(r.inputs for r in reads.values())))
+        if any(len(t) == batch and not torch.equal(t, t[:1].expand_as(t)) for t in used if t.ndim):
+            return False  # rows of other batches could be others
+        try:
+            return same_reads(reads, self._reads(_one_more(example)))
+        except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
+            return False
+
+    def _item_by_item(self, reason: str) -> Exported | None:
+        """Of one item, where a plain call shows that items do not depend on one another."""
+        if not (self.runs and self.by_item) or reason.startswith(_BRANCHES):
+            return None
+        several = self.arguments
+        if batch_of(several) == 1:
+            several = two_items(several)
+        items = independent_items(self.model, several)
+        if items is None:
+            return None
+        parts = [items.part(several, number) for number in range(items.count(several))]
+        reads = [self._reads(part) for part in parts]
+        if any(not same_reads(reads[0], other) for other in reads[1:]):
+            return None
+        return self._once(parts[0], reason=f"item by item: {reason}", items=items)
+
+    def _once(
+        self, arguments: dict[str, Any], *, reason: str, items: Items | None = None
+    ) -> Exported:
+        reads = self._reads(arguments)
+        try:
+            program, source = self._export(arguments, reads, None)
+        except (TraceError, ReadError):
+            raise
+        except Exception as error:
+            raise untraceable(self.model, _tensors(arguments), error) from error
+        contents = contents_of(reads, _tensors(arguments), rows=False)
+        return Exported(program, source, arguments, (), reason, contents, items)
+
+    def _reads(self, arguments: Mapping[str, Any]) -> dict[Any, Read]:
+        if not self.reading:
+            return {}
+        reads = record(self.model, arguments)
+        leaves = _pytree.tree_leaves_with_path(dict(arguments))
+        names = [str(path[-1]) for path, leaf in leaves if isinstance(leaf, Tensor)]
+        for (_, place, _), read in reads.items():
+            for index in read.inputs:
+                if index == 0 or names[index].strip("[]'") in TIMESTEP_NAMES:
+                    raise changing(place, names[index].strip("[]'"))
+        return reads
+
+    def _export(
+        self, arguments: Mapping[str, Any], reads: Mapping[Any, Read], batch: int | None
+    ) -> tuple[ExportedProgram, fx.GraphModule]:
+        listening = Listening()
+        mode = Replaying(reads) if self.reading else listening if self.runs else nullcontext()
+        try:
+            with mode:
+                program, source = _export_once(self.model, arguments, batch)
+        except Exception as error:
+            if listening.passed and not isinstance(error, ReadError):
+                raise ReadError(listening.passed) from error
+            raise
+        _inline_autocast(source)
+        write_out_flex_attention(source)
+        without_masks(source, CHECKS)
+        if self.runs and not self.reading and any(map(unknown_sizes, source.graph.nodes)):
+            raise ReadError("a shape that contents decide")
+        return program, source
+
+
+# Reasons not to take a batch apart: for another one the model may do something else.
+_BRANCHES = "the model branches on sizes", "the model takes batches"
+
+
+def _conditions(
+    program: ExportedProgram, asked: Mapping[Any, str], leaves: Sequence[Tensor]
+) -> tuple[tuple[str, ...] | None, str]:
+    """What sizes must fulfil, None where that has no form; and why the batch is fixed if it is."""
+    names = set(program.graph_signature.user_inputs)
+    holders = (n for n in program.graph.find_nodes(op="placeholder") if n.name in names)
+    inputs = [n.meta["val"] for n in holders if isinstance(n.meta.get("val"), Tensor)]
+    symbols = symbols_of(inputs, leaves)
+    try:
+        conditions = conditions_of(program, asked, symbols)
+    except ValueError as error:
+        return None, f"the model branches on sizes: {error}"
+    if isinstance(TensorSpec.of(inputs[0]).shape[0], int):
+        line = line_that_fixes(program, asked)
+        return conditions, f"the model fixes it ({line})" if line else "the model fixes it"
+    if (broken := failed(conditions, symbols)) is not None:
+        return None, f"the model takes batches of one another way ({broken} for all others)"
+    return conditions, ""
+
+
+def symbols_of(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Symbol -> size, of symbolic inputs that stand for the given tensors."""
+    return {
+        str(dim): size
+        for value, tensor in zip(inputs, tensors, strict=True)
+        for dim, size in zip(value.shape, tensor.shape, strict=True)
+        if not isinstance(dim, int) and str(dim).isidentifier()
+    }
+
+
+def unknown_sizes(node: fx.Node) -> list[str]:
+    """Symbols in a value's shape that only contents decide."""
+    return sorted(map(str, free_unbacked_symbols(node.meta.get("val"))))
+
+
+def _export_once(
+    model: nn.Module, arguments: Mapping[str, Any], batch: int | None
+) -> tuple[ExportedProgram, fx.GraphModule]:
+    def dims(leaf: Any) -> dict[int, Any] | None:
+        varies = batch and isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
+        return {0: Dim.AUTO} if varies else None
+
+    shapes = _pytree.tree_map(dims, dict(arguments)) if batch else None
+    # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
+    given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, dict(arguments))
+    with quiet():
+        program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
+    return functional(program)
+
+
+def _with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:
+    def resize(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == old:
+            return torch.cat([leaf] * new)
+        return leaf
+
+    return _pytree.tree_map(resize, arguments)
+
+
+def _one_more(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with their first item once more."""
+    batch = _tensors(arguments)[0].shape[0]
+
+    def longer(leaf: Any) -> Any:
+        rows = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
+        return torch.cat([leaf, leaf[:1]]) if rows else leaf
+
+    return _pytree.tree_map(longer, dict(arguments))
+
+
+def _first_place(reads: Mapping[Any, Read]) -> str:
+    return next(iter(reads))[1]
+
+
+def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _inline_autocast(module: fx.GraphModule) -> None:
+    """Put the body of regions with autocast switched off into the graph itself."""
+    for node in list(module.graph.nodes):
+        if str(node.target) != _AUTOCAST:
+            continue
+        arguments: Any = node.args
+        _device, _dtype, enabled, _cache, body, *operands = arguments
+        if enabled:
+            raise TraceError(
+                "the model switches autocast on inside forward",
+                remedy="cast the model to the dtype it should run in",
+            )
+        inner: Any = module.get_submodule(body.target)
+        with module.graph.inserting_before(node):
+            holders = inner.graph.find_nodes(op="placeholder")
+            copied = dict(zip(holders, operands, strict=True))
+            returned: Any = module.graph.graph_copy(inner.graph, copied)
+        for user in list(node.users):  # getitem of the region's results
+            user.replace_all_uses_with(returned[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
