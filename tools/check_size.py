@@ -14,31 +14,37 @@ from pathlib import Path
 
 MAX_FILE = 400
 MAX_FUNCTION = 50
-MAX_PRODUCT = 22_000  # cachegraph and passes together
+MAX_PRODUCT = 35_300  # cachegraph and passes together
 # What each folder of the product may have, in lines; files beside them count for "cachegraph".
 BUDGETS = {
-    "cachegraph": 660,
-    "zoo": 1_370,
-    "model": 2_370,
-    "config": 530,
-    "plan": 780,
-    "methods": 1_700,
-    "schedule": 450,
-    "graph": 2_150,
-    "passes": 1_110,
-    "runtime": 1_530,
-    "backends": 1_970,
-    "artifact": 1_370,
-    "compiler": 1_530,
-    "oracle": 620,
-    "show": 850,
-    "calibrate": 770,
+    "cachegraph": 930,
+    "zoo": 2_460,
+    "model": 3_900,
+    "config": 690,
+    "plan": 820,
+    "methods": 2_400,
+    "schedule": 570,
+    "graph": 2_360,
+    "passes": 1_160,
+    "runtime": 1_870,
+    "backends": 2_290,
+    "artifact": 1_530,
+    "compiler": 1_830,
+    "oracle": 790,
+    "diffusion": 200,
+    "show": 1_380,
+    "calibrate": 780,
+    "pipelines": 1_420,
     "bench": 1_130,
-    "cli": 1_260,
+    "train": 1_490,
+    "images": 1_150,
+    "search": 1_790,
+    "report": 600,
+    "cli": 1_990,
 }
 # From a model to what runs it.
 ENGINE = tuple(list(BUDGETS)[2:13])
-MAX_ENGINE = 15_400
+MAX_ENGINE = 19_400
 
 PRODUCT = ("cachegraph", "passes")
 FOLDERS = (*PRODUCT, "schedules", "tests", "tools")
