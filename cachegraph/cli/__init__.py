@@ -144,7 +144,7 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "report",
         report,
         "cachegraph report digits --schedule toca-n3 -o report.html",
-        "cachegraph report digits-fora-n3.cgraph --bench bench.json",
+        "cachegraph report digits-fora-n3.cgraph --figures bench.json",
         "cachegraph report DiT-XL/2 -s toca-n3 --json | jq .cost.total_flops",
     ),
     (

@@ -39,9 +39,11 @@ def report(
     as_json: Annotated[
         bool, typer.Option("--json", help="Write what the report shows as JSON to stdout instead.")
     ] = False,
-    bench: Annotated[
+    figures: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Figures of bench --out, to be shown beside."),
+        typer.Option(
+            metavar="FILE.json", help="What bench --out, compare --out or search wrote, to show."
+        ),
     ] = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
@@ -52,7 +54,7 @@ def report(
     if as_json and out is not None:
         raise InputError("--json and --out exclude each other")
     request = Request(what, arch, inputs or (), input_size, disable or ())
-    write_report(request, schedule, out, as_json, bench)
+    write_report(request, schedule, out, as_json, figures)
 
 
 def write_report(
@@ -60,7 +62,7 @@ def write_report(
     schedule: str | None,
     out: Path | None = None,
     as_json: bool = False,
-    bench: Path | None = None,
+    figures: Path | None = None,
 ) -> None:
     """Write a report of an artifact, or of what a model would become.
 
@@ -69,7 +71,7 @@ def write_report(
         schedule: of a model.
         out: the file; report.html by default.
         as_json: write the data to stdout instead.
-        bench: figures to be shown beside.
+        figures: a file of them, to be shown beside.
 
     Raises:
         InputError: the file's name is not of a page, or an option does not fit.
@@ -80,7 +82,7 @@ def write_report(
     if target.suffix.lower() not in (".html", ".htm"):
         raise InputError("a report is a page", place=str(target), expected="a name with .html")
     view, title, name = _view(request, schedule)
-    data = _data(view, title, name, schedule if request.model == _DIGITS else None, bench)
+    data = _data(view, title, name, schedule if request.model == _DIGITS else None, figures)
     if as_json:
         typer.echo(json.dumps(data, indent=1))
         return
@@ -102,13 +104,13 @@ def _view(request: Request, schedule: str | None) -> tuple[View, str, str]:
 
 
 def _data(
-    view: View, title: str, name: str, sampled: str | None, bench: Path | None
+    view: View, title: str, name: str, sampled: str | None, figures: Path | None
 ) -> dict[str, Any]:
     from cachegraph.report.data import Extras, report_data
-    from cachegraph.report.figures import read_bench, sampled_tokens
+    from cachegraph.report.figures import read_figures, sampled_tokens
     from cachegraph.zoo import load_model
 
-    measured, quality = read_bench(bench, name) if bench else (None, None)
+    measured, quality = read_figures(figures, name) if figures else (None, None)
     with progress() as say:
         tokens = None
         if sampled is not None and view.plan.selection is not None:

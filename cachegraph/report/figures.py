@@ -1,4 +1,4 @@
-"""What was measured elsewhere, for a report: files of ``bench``, and sampled tokens."""
+"""What was measured elsewhere, for a report: figures of others, and sampled tokens."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from cachegraph.show.token_map import LABEL, SEED, token_shares
 
 from .data import listed
 
-_KEYS = ("model", "machine", "entries")
+_READERS = "bench --out, compare --out or search"
+Found = dict[str, Any] | None
 
 
-def read_bench(path: Path, schedule: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Seconds of each variant, and quality against time, from what ``bench --out`` wrote.
+def read_figures(path: Path, schedule: str) -> tuple[Found, Found]:
+    """Seconds of each variant, and quality against time or steps, from what others wrote.
 
     Args:
-        path: of the file.
-        schedule: name of the report's schedule; seconds are those of its entry.
+        path: a file of ``bench``, ``compare`` or ``search``.
+        schedule: name of the report's schedule; seconds are those of its entry in a bench.
 
     Returns:
         Seconds and quality; None for what the file does not have.
 
     Raises:
-        InputError: the file cannot be read, is none of bench, or has nothing of the schedule.
+        InputError: the file cannot be read, is none of these, or has nothing of the schedule.
     """
     try:
         found = json.loads(path.read_text())
+        if "entries" not in found:
+            return None, _front_of(found)
         said, entries = _said(found), found["entries"]
         quality = _quality(entries, said)
         measured = _measured(entries, schedule, said)
@@ -42,7 +45,7 @@ def read_bench(path: Path, schedule: str) -> tuple[dict[str, Any] | None, dict[s
         raise InputError(
             "not a file of figures",
             place=str(path),
-            expected=f"what bench --out writes: JSON with {', '.join(_KEYS)}",
+            expected=f"JSON that {_READERS} wrote",
             found=repr(error),
         ) from error
     if measured is None and quality is None:
@@ -54,6 +57,22 @@ def read_bench(path: Path, schedule: str) -> tuple[dict[str, Any] | None, dict[s
             found=listed(list(names)),
         )
     return measured, quality
+
+
+def _front_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``compare`` (by seconds) or ``search`` (by full steps) found."""
+    by_time = "compared" in found
+    points = [
+        {
+            "name": one["name"],
+            "x": float(one["seconds" if by_time else "full_steps"]),
+            "y": float(one["psnr"]),
+        }
+        for one in found["compared" if by_time else "checked"]
+        if one["psnr"] is not None
+    ]
+    said = f"{found['model']}, {found['backend']}" if by_time else f"search on {found['model']}"
+    return _picture(said, "seconds of a run" if by_time else "full steps", points)
 
 
 def _said(found: Mapping[str, Any]) -> str:
@@ -88,7 +107,7 @@ def _measured(
 
 
 def _quality(entries: Sequence[Mapping[str, Any]], said: str) -> dict[str, Any] | None:
-    """PSNR against seconds; the front is what nothing beats in both."""
+    """PSNR against seconds."""
     points = [
         {
             "name": f"{one['name']}, {one['backend']}",
@@ -98,13 +117,16 @@ def _quality(entries: Sequence[Mapping[str, Any]], said: str) -> dict[str, Any] 
         for one in entries
         if one.get("quality") and one["name"] != UNCACHED
     ]
-    if not points:
-        return None
+    return _picture(said, "seconds a trajectory", points) if points else None
+
+
+def _picture(said: str, cost: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Points with the front marked: what nothing else beats in both."""
     for one in points:
         at = one["x"], -one["y"]
         others = [(p["x"], -p["y"]) for p in points]
         one["front"] = not any(p != at and p[0] <= at[0] and p[1] <= at[1] for p in others)
-    return {"what": said, "x": "seconds a trajectory", "y": "PSNR in dB", "points": points}
+    return {"what": said, "x": cost, "y": "PSNR in dB", "points": points}
 
 
 def sampled_tokens(model: nn.Module, schedule: str) -> dict[str, Any]:

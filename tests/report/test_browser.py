@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cachegraph.report.data import Extras, report_data
-from cachegraph.report.figures import read_bench
+from cachegraph.report.figures import read_figures
 from cachegraph.report.page import page as page_text
 from tests.report.test_report import HOSTILE, bench_file
 from tests.show.test_fold import view
@@ -41,7 +41,7 @@ def browser() -> Iterator[Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With every view, and names that would be markup anywhere else."""
     folder = tmp_path_factory.mktemp("report")
-    measured, quality = read_bench(bench_file(folder / "b.json"), "fast")
+    measured, quality = read_figures(bench_file(folder / "b.json"), "fast")
     tokens = {
         "what": "Sampled.",
         "grid": [2, 2],

@@ -17,7 +17,7 @@ from cachegraph.artifact.load import load_artifact
 from cachegraph.compiler.compile import build
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.report.data import SCHEMA, Extras, report_data
-from cachegraph.report.figures import read_bench
+from cachegraph.report.figures import read_figures
 from cachegraph.report.page import page
 from cachegraph.show.view import view_artifact, view_build
 from tests.cli.test_cli import printed, run
@@ -170,7 +170,7 @@ def bench_file(path: Path, **changes: Any) -> Path:
 
 
 def test_figures_of_a_bench(tmp_path: Path) -> None:
-    measured, quality = read_bench(bench_file(tmp_path / "b.json"), "fast")
+    measured, quality = read_figures(bench_file(tmp_path / "b.json"), "fast")
     assert measured is not None
     assert quality is not None
     assert measured["speed_up"] == 3.0
@@ -181,15 +181,35 @@ def test_figures_of_a_bench(tmp_path: Path) -> None:
     ]
 
 
+def test_figures_of_compare_and_search(tmp_path: Path) -> None:
+    path, one = tmp_path / "c.json", {"full_steps": 5, "seconds": 2.0, "psnr": 30.0}
+    rows = [
+        {**one, "name": "uncached", "psnr": None},
+        {**one, "name": "fast"},
+        {**one, "name": "far", "psnr": 20.0, "seconds": 3.0},
+    ]
+    path.write_text(json.dumps({"model": "m", "backend": "eager", "compared": rows}))
+    _, compared = read_figures(path, "any")
+    assert compared is not None
+    assert [(p["name"], p["x"], p["front"]) for p in compared["points"]] == [
+        ("fast", 2.0, True),
+        ("far", 3.0, False),
+    ]
+    path.write_text(json.dumps({"model": "m", "checked": rows[1:]}))
+    _, searched = read_figures(path, "any")
+    assert searched is not None
+    assert (searched["x"], searched["points"][1]["x"]) == ("full steps", 5.0)
+
+
 def test_figures_that_are_none(tmp_path: Path) -> None:
     path = bench_file(tmp_path / "b.json", entries=[])
     with pytest.raises(InputError, match="no figures of other; expected an entry of that name"):
-        read_bench(path, "other")
+        read_figures(path, "other")
     path.write_text("[1]")
-    with pytest.raises(InputError, match="not a file of figures; expected what bench --out"):
-        read_bench(path, "fast")
+    with pytest.raises(InputError, match="not a file of figures; expected JSON that bench"):
+        read_figures(path, "fast")
     with pytest.raises(InputError, match="cannot be read"):
-        read_bench(tmp_path / "none.json", "fast")
+        read_figures(tmp_path / "none.json", "fast")
 
 
 TINY = ("DiT(hidden_size=32, depth=2, num_heads=4)", "--input-size", "8")
