@@ -27,7 +27,8 @@ def show(*parts: RenderableType, columns: int | None = None) -> None:
         screen.width = columns
     with screen.capture() as captured:
         for part in parts:
-            screen.print(part)
+            # A line that others read is not broken, however long the path in it.
+            screen.print(part, soft_wrap=isinstance(part, str) and not screen.is_terminal)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()), color=True)
 
 

@@ -175,7 +175,10 @@ class _Attempt:
         several = self.arguments
         if batch_of(several) == 1:
             several = two_items(several)
-        items = independent_items(self.model, several)
+        try:
+            items = independent_items(self.model, several)
+        except Exception:  # noqa: BLE001 - a model that fails in a plain call is told by its trace
+            return None
         if items is None:
             return None
         parts = [items.part(several, number) for number in range(items.count(several))]
@@ -200,7 +203,10 @@ class _Attempt:
     def _reads(self, arguments: Mapping[str, Any]) -> dict[Any, Read]:
         if not self.reading:
             return {}
-        reads = record(self.model, arguments)
+        try:
+            reads = record(self.model, arguments)
+        except Exception as error:
+            raise untraceable(self.model, _tensors(arguments), error) from error
         leaves = _pytree.tree_leaves_with_path(dict(arguments))
         names = [str(path[-1]) for path, leaf in leaves if isinstance(leaf, Tensor)]
         for (_, place, _), read in reads.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from cachegraph.graph.interface import Port
 from cachegraph.graph.provenance import NodeFlops
 from cachegraph.graph.text import action_word
 from cachegraph.plan.variant import Variant
@@ -84,26 +85,19 @@ def _families(names: Sequence[str]) -> list[str]:
 
 
 def _ports(view: View, one: Variant, other: Variant) -> Iterator[str]:
-    """Inputs and outputs that only one of them has."""
+    """Inputs and outputs that only one of them has; those that are alike in one line."""
     pair = [view.interfaces[view.variant(variant.name)] for variant in (one, other)]
     for what in ("inputs", "outputs"):
-        before, after = (
-            [
-                f"{port.role} {port_label([p.name for p in ports])}  {port.spec}"
-                for ports in fold_ports(getattr(interface, what))
-                for port in ports[:1]
-            ]
-            for interface in pair
-        )
-        changed = [*_marked(before, after)]
+        before, after = (getattr(interface, what) for interface in pair)
+        changed = [*_only(before, after, "-"), *_only(after, before, "+")]
         yield from [f"@@ {what}", *changed] if changed else []
 
 
-def _marked(before: Sequence[str], after: Sequence[str]) -> Iterator[str]:
-    """Lines that only one of the two has, behind a minus or plus."""
-    for line in difflib.ndiff(before, after):
-        if line[0] in "-+":
-            yield line[0] + line[2:]
+def _only(ports: Sequence[Port], others: Sequence[Port], mark: str) -> Iterator[str]:
+    taken = {(port.role, port.name) for port in others}
+    for group in fold_ports([port for port in ports if (port.role, port.name) not in taken]):
+        label = port_label([port.name for port in group])
+        yield f"{mark}{group[0].role} {label}  {group[0].spec}"
 
 
 def _changes(folding: Folding, first: str, second: str, said: str) -> Iterator[str]:

@@ -272,8 +272,8 @@ WRONG = {
     "cachegraph.zoo.dit.DiT; where you trust the file, load it with the code that wrote it and "
     "save only its weights: torch.save(model.state_dict(), 'weights.pt')",
     "compile odd.safetensors -s rows.yaml": "odd.safetensors: these weights are of no known "
-    "architecture; expected DiT or PixArt; found 1 tensors: a; compile other models as a "
-    "torch.export program (.pt2) or as module:factory",
+    "architecture; expected DiT or PixArt or FLUX or STDiT3; found 1 tensors: a; compile other "
+    "models as a torch.export program (.pt2) or as module:factory",
     "plan digit -s fora-n3": f"there is no model 'digit'; expected {FORMS}; for plan, inspect "
     "and bench also an architecture, such as DiT-S/2; did you mean 'digits'?",
     "compile DiT-S/2 -s fora-n3": f"'DiT-S/2' is an architecture, without weights; expected {FORMS}"
@@ -303,7 +303,7 @@ WRONG = {
     "inspect tiny-rows.cgraph --variant variant4": "unknown variant 'variant4'; expected variant0 "
     "to variant3; did you mean 'variant3'?",
     "inspect tiny-rows.cgraph --sites --variant variant0": "--variant with --dot, --diff, "
-    "--sites and --tokens exclude each other",
+    "--sites, --tokens and --html exclude each other",
     "inspect half.cgraph": "half.cgraph: not an artifact, or one whose writing was interrupted; "
     "expected a manifest.json in it; compile it again",
     f"{VERIFY} tiny.safetensors --calls 7": "--calls: no such number of calls; expected 1 to 6, or "

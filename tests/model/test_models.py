@@ -250,7 +250,9 @@ class FixesItsBatch(nn.Module):
 
 def test_a_batch_that_cannot_vary_says_why() -> None:
     model, calls = FixesItsBatch().eval(), dit_steps(STEPS)
-    traced = trace(model, calls[0])
+    apart = trace(model, calls[0])
+    assert apart.fixed_batch_reason == "item by item: torch.export: TypeError: no symbols please"
+    traced = trace(model, calls[0], by_item=False)
     assert traced.batch is None
     assert traced.symbols == {}
     assert traced.fixed_batch_reason == "torch.export: TypeError: no symbols please"

@@ -106,7 +106,7 @@ def test_the_reason_names_the_line_or_the_condition() -> None:
         trace(Guarded(FORMS[form]).eval(), call(example)).fixed_batch_reason
         for form, example in (("in (2, 3)", 2), ("half", 2), ("> 1", 1))
     ]
-    assert reasons[0].startswith("the model fixes it (test_trace_conditions.py:")
+    assert reasons[0].startswith("the model branches on sizes (test_trace_conditions.py:")
     assert reasons[1].startswith("the model branches on sizes: not a")
     assert reasons[2].startswith("the model takes batches of one another way (")
 

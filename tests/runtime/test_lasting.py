@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cachegraph.errors import SessionError
-from cachegraph.runtime.known import _SMALL, _Lasting
+from cachegraph.runtime.known import _SMALL, Lasting
 from tests.models import Compiled, dit_steps, one_thread  # noqa: F401
 
 NAN, INF = float("nan"), float("inf")
@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_what_is_no_number_may_be_the_same(dtype: torch.dtype) -> None:
     padded = torch.tensor([1.0, NAN, INF, -INF], dtype=dtype)
-    kept = _Lasting.of(padded)
+    kept = Lasting.of(padded)
     assert kept.is_same(padded)
     assert kept.is_same(padded.clone())
     for other in ([1.0, 2.0, INF, -INF], [NAN, NAN, INF, -INF], [1.0, NAN, INF, INF], [1.5, NAN]):
@@ -40,7 +40,7 @@ def through_numpy(tensor: Tensor) -> None:
 @pytest.mark.parametrize("write", [through_data, through_numpy])
 def test_writes_that_torch_does_not_count(write: Callable[[Tensor], None]) -> None:
     small, large = (torch.zeros(count) for count in (_SMALL // 4, _SMALL // 4 + 1))
-    kept = [_Lasting.of(small), _Lasting.of(large)]
+    kept = [Lasting.of(small), Lasting.of(large)]
     write(small)
     write(large)
     assert [one.is_same(t) for one, t in zip(kept, (small, large), strict=True)] == [False, True]

@@ -16,8 +16,6 @@ from cachegraph.errors import BackendError
 from cachegraph.graph.weights import is_stored, stored_weight
 from cachegraph.runtime.known import StepFunction
 
-from .real import as_real
-
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _KINDS = {torch.bfloat16: 16}  # the number that ONNX gives it, as numpy has none
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -110,6 +108,11 @@ def _function(
         return made
 
     return call
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A tensor of the same memory in real numbers: see :mod:`.real`."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _place_of(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:

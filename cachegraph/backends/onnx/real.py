@@ -60,11 +60,6 @@ def real_spec(spec: TensorSpec) -> TensorSpec:
     return TensorSpec((*spec.shape, 2), spec.dtype.to_real())
 
 
-def as_real(tensor: Tensor) -> Tensor:
-    """A tensor of the same memory in real numbers."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
 def in_real_numbers(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph without complex values.
 
