@@ -32,7 +32,7 @@ BUDGETS = {
     "compiler": 1_830,
     "oracle": 790,
     "diffusion": 200,
-    "show": 1_380,
+    "show": 1_400,
     "calibrate": 780,
     "pipelines": 1_420,
     "bench": 1_130,

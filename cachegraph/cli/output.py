@@ -32,6 +32,11 @@ def show(*parts: RenderableType, columns: int | None = None) -> None:
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()), color=True)
 
 
+def on_terminal() -> bool:
+    """Whether a person reads stdout."""
+    return _stdout().is_terminal
+
+
 def room() -> tuple[int, int | None]:
     """Columns of the terminal, and rows of a picture that fit it.
 

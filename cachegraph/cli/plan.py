@@ -27,7 +27,7 @@ from .options import (
     VariantOption,
     WhatArgument,
 )
-from .output import is_artifact, progress, room, show
+from .output import is_artifact, on_terminal, progress, room, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -217,7 +217,7 @@ def _show_parts(
 ) -> None:
     """What was asked for; else an overview, and what each pass did where that is known."""
     from cachegraph.graph.text import dot as graph_dot
-    from cachegraph.show.difference import show_difference
+    from cachegraph.show.difference import show_difference, show_variant
     from cachegraph.show.picture import overview
     from cachegraph.show.view import passes_table, sites_table
 
@@ -230,6 +230,8 @@ def _show_parts(
         with writing(dot):
             dot.write_text(graph_dot(view.graphs[index]))
         show(f"{dot}: {view.plan.variants[index].name} in DOT")
+    elif variant and on_terminal():
+        show(show_variant(view, variant))
     elif variant:
         typer.echo(view.texts[view.variant(variant)], nl=False)
     else:

@@ -1,4 +1,4 @@
-"""What one variant leaves out of another: folded, and summed up by kind of module."""
+"""Variants as folded text: one by itself, and what it leaves out of another."""
 
 from __future__ import annotations
 
@@ -50,10 +50,42 @@ def show_difference(view: View, first: str, second: str) -> RenderableType:
     lines += _changes(view.folding, f"{first}-prologue", f"{second}-prologue", "prologue: ")
     if not lines:
         return Text(f"{first} and {second} do not differ")
-    text = Text()
-    for line in [f"--- {first}", f"+++ {second}", *lines]:
-        text.append(f"{line}\n", _STYLES.get(line[:1]))
+    text = _coloured([f"--- {first}", f"+++ {second}", *lines])
     return Group(text, _summary(view, one, other))
+
+
+def show_variant(view: View, name: str) -> RenderableType:
+    """A variant as text: steps, sites, inputs and outputs, blocks; those that are alike once.
+
+    Args:
+        view: plan and graphs.
+        name: of the variant.
+    """
+    index = view.variant(name)
+    variant, interface = view.plan.variants[index], view.interfaces[index]
+    lines = [f"@@ {name}: steps {steps_text(variant.steps, 60)}"]
+    groups: dict[str, list[str]] = {}
+    for site, action, write in zip(view.plan.sites, variant.row, variant.writes, strict=True):
+        groups.setdefault(action_word(action) + " write" * write, []).append(site.name)
+    lines += [f" {label}: {word}" for word, names in groups.items() for label in _families(names)]
+    for what, ports in (("inputs", interface.inputs), ("outputs", interface.outputs)):
+        lines += [f"@@ {what}", *_only(ports, (), " ")]
+    for graph, said in ((name, ""), (f"{name}-prologue", "prologue: ")):
+        for section in view.folding.sections(graph):
+            lines.append(f"@@ {said}{section.label}{_alike(section.blocks)}")
+            lines += [f" {_written(line)}" for line in section.lines]
+    return _coloured(lines)
+
+
+def _alike(blocks: Sequence[str]) -> str:
+    return f" ({len(blocks)} alike)" if len(blocks) > 1 else ""
+
+
+def _coloured(lines: Sequence[str]) -> Text:
+    text = Text()
+    for line in lines:
+        text.append(f"{line}\n", _STYLES.get(line[:1]))
+    return text
 
 
 def _headers(view: View, one: Variant, other: Variant) -> Iterator[str]:
@@ -103,8 +135,7 @@ def _only(ports: Sequence[Port], others: Sequence[Port], mark: str) -> Iterator[
 def _changes(folding: Folding, first: str, second: str, said: str) -> Iterator[str]:
     for change in folding.changes(first, second):
         section = Section(change.blocks, change.after or change.before)
-        alike = f" ({len(change.blocks)} alike)" if len(change.blocks) > 1 else ""
-        yield f"@@ {said}{section.label}{alike}"
+        yield f"@@ {said}{section.label}{_alike(change.blocks)}"
         yield from _line_difference(change.before, change.after)
 
 

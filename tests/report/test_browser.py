@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cachegraph.compiler.compile import build
+from cachegraph.plan.action import Refresh
 from cachegraph.report.data import Extras, report_data
 from cachegraph.report.figures import read_figures
 from cachegraph.report.page import page as page_text
+from cachegraph.show.view import view_build
+from cachegraph.zoo import load_model
 from tests.report.test_report import HOSTILE, bench_file
 from tests.show.test_fold import view
 
@@ -207,6 +212,37 @@ def test_printing_shows_every_view(opened: Callable[..., Any]) -> None:
     page.emulate_media(media="print")
     assert all(page.is_visible(f"#{name} h2") for name in VIEWS)
     assert not page.is_visible("#tabs")
+
+
+def test_a_person_finds_the_answers(browser: Any, tmp_path: Path) -> None:
+    """Four questions about ToCa on digits, answered from the page alone."""
+    model = load_model("digits")
+    example = (torch.zeros(2, 1, 16, 16), torch.zeros(2).long(), torch.tensor([0, 10]))
+    made = view_build(build(model, "toca-n3", example))
+    path = tmp_path / "digits.html"
+    path.write_text(page_text(report_data(made, "digits, toca-n3", Extras())))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    # What does step 17 compute?
+    page.click('td[data-step="17"] >> nth=0')
+    said = page.inner_text("#step")
+    assert "Step 17" in said
+    assert made.plan.variants[made.plan.variant_of[17]].name in said
+    tokens = [action.tokens for action in made.plan.rows[17] if isinstance(action, Refresh)]
+    assert f"refresh {min(tokens)} to {max(tokens)} tokens" in said
+    # How much is kept after step 20?
+    page.click('td[data-step="20"] >> nth=0')
+    kept = made.cost.cache_bytes[20]
+    assert f"{kept / 2**20:.2f} MiB" in page.inner_text("#step")
+    # Why has variant3 an input tokens0?
+    page.click("#tab-graphs")
+    page.select_option("#variant", "variant3")
+    row = page.inner_text("#graphs tr:has(code:text-matches('^tokens0'))")
+    assert "How many tokens blocks.0-11.mlp recompute" in row
+    # Which pass removed blocks.3.attn.qkv?
+    page.fill("#query", "blocks.3.attn.qkv")
+    assert "blocks.3.attn.qkv removed by drop-dead" in page.inner_text("#results")
+    page.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), SIZES)

@@ -13,7 +13,7 @@ from torch import fx, nn
 from cachegraph.compiler.compile import build
 from cachegraph.graph.interface import Port, Role
 from cachegraph.graph.provenance import NOTHING, module_of
-from cachegraph.show.difference import module_shares, show_difference
+from cachegraph.show.difference import module_shares, show_difference, show_variant
 from cachegraph.show.fold import Folding, Section, fold_ports, port_label
 from cachegraph.show.view import View, view_build
 from cachegraph.spec import TensorSpec
@@ -148,6 +148,23 @@ def test_difference_sums_up_by_kind_of_module() -> None:
 
 def test_nothing_is_wider_than_the_terminal() -> None:
     assert max(map(len, shown("variant0", "variant2", width=60).splitlines())) <= 60
+
+
+def test_a_variant_is_folded_too() -> None:
+    out = io.StringIO()
+    Console(file=out, width=70, highlight=False, markup=False).print(
+        show_variant(view(), "variant2")
+    )
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 70
+    assert lines[:3] == [
+        "@@ variant2: steps 4-6",
+        " blocks.0-3.attn: reuse",
+        " blocks.0-3.mlp: refresh write",
+    ]
+    assert "@@ blocks.0-3 (4 alike)" in lines
+    assert "@@ prologue: blocks.0-3 (4 alike)" in lines
+    assert lines.index("@@ inputs") < lines.index("@@ outputs") < lines.index("@@ x_embedder")
 
 
 def test_equal_variants_do_not_differ() -> None:
