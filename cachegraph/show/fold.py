@@ -19,7 +19,7 @@ from torch import fx
 from cachegraph.graph.interface import KNOWN, Port
 from cachegraph.graph.provenance import Provenance
 from cachegraph.graph.serialise import spec_of
-from cachegraph.graph.text import operation_name, operation_text
+from cachegraph.graph.text import operation_text
 
 from .picture import common_name
 
@@ -36,7 +36,6 @@ class Line:
         name: of the node.
         alike: its name within the block.
         module: path of the module that it belongs to; empty for the model itself.
-        operation: name of the operator.
         text: the whole operation, as graphs are printed.
         spec: of its value; empty where it has none.
         made_by: the pass that made it and for which site; empty for what was traced.
@@ -46,7 +45,6 @@ class Line:
     name: str
     alike: str
     module: str
-    operation: str
     text: str
     spec: str
     made_by: str
@@ -233,7 +231,6 @@ class Folding:
                 name=node.name,
                 alike=place.alike,
                 module=place.module,
-                operation=operation_name(node),
                 text=text,
                 spec=spec,
                 made_by=made,
