@@ -19,7 +19,22 @@ from cachegraph.oracle.trial import Progress
 _Values = dict[tuple[int, ...], Tensor]  # sites whose values are alike -> their values in one
 
 
-class SiteRecorder:
+class NamedBranches:
+    """What pipelines of diffusers put around the calls of a branch."""
+
+    _name = ""
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Name the branch that the calls inside belong to, such as ``cond`` or ``uncond``."""
+        before, self._name = self._name, name
+        try:
+            yield
+        finally:
+            self._name = before
+
+
+class SiteRecorder(NamedBranches):
     """Is called as the model, once a step, and measures every site on the way.
 
     What runs is the traced graph with every site's values as further outputs. Of a trajectory it
@@ -42,7 +57,7 @@ class SiteRecorder:
         self._shapes: list[torch.Size] = []
         self._errors = self._cosines = torch.empty(0)
         self._branches: dict[str, _Branch] = {}
-        self._name, self._text = "", ""
+        self._text = ""
         self._measured = 0  # trajectories, those of branches counted apart
 
     @contextmanager
@@ -64,15 +79,6 @@ class SiteRecorder:
             if branch.step != self._steps:
                 raise self._wrong_count(str(branch.step), name)
         self._measured += len(self._branches)
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Name the branch that the calls inside belong to, such as ``cond`` or ``uncond``."""
-        before, self._name = self._name, name
-        try:
-            yield
-        finally:
-            self._name = before
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cachegraph.calibrate.recorder import NamedBranches
 from cachegraph.compiler.pipeline import module_weights, rewrite
 from cachegraph.compiler.program import make_program, named_prologues
 from cachegraph.graph.step_graph import CONSTANT, StepGraph, copy_module
@@ -92,7 +92,7 @@ class _Remembering(Session):
         return outputs
 
 
-class Watched(nn.Module):
+class Watched(NamedBranches, nn.Module):
     """The uncached model, for a sampler; it sees how it is called.
 
     Attributes:
@@ -109,7 +109,6 @@ class Watched(nn.Module):
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.calls: Counter[str] = Counter()
         self.seconds = 0.0
-        self._name = ""
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,15 +119,6 @@ class Watched(nn.Module):
         result = self.model(*args, **kwargs)
         self.seconds += time.perf_counter() - began
         return result
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Name the branch of the calls inside, as diffusers pipelines do."""
-        before, self._name = self._name, name
-        try:
-            yield
-        finally:
-            self._name = before
 
 
 class Player:
