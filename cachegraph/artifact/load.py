@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,14 +26,14 @@ from .manifest import (
     PROVENANCE,
     SCHEDULE,
     Manifest,
-    digest_in,
     plan_file,
     read_file,
     read_manifest,
+    stamp_in,
 )
 from .origin import Origin
 
-_TRIES = 20
+_TRIES, _PATIENCE = 20, 10.0  # at least so many times, and for so many seconds
 
 
 def load(
@@ -105,15 +106,17 @@ def load_artifact(
         InputError: this machine does not have the device.
     """
     folder, place = Path(path), _usable(device)
-    for _ in range(_TRIES):
-        manifest = read_manifest(folder)
+    end, tries = time.monotonic() + _PATIENCE, 0
+    while tries < _TRIES or time.monotonic() < end:
+        tries += 1
+        stamp = stamp_in(folder)
         try:
-            found = _read(folder, manifest, place, verify)
+            found = _read(folder, read_manifest(folder), place, verify)
         except (ArtifactError, OSError):
-            if digest_in(folder) == manifest.digest:
+            if stamp_in(folder) == stamp:
                 raise
             continue  # another artifact has taken its place while it was read
-        if digest_in(folder) == manifest.digest:
+        if stamp_in(folder) == stamp:
             return found
     raise ArtifactError(
         "the artifact is written anew all the time",

@@ -187,6 +187,18 @@ def digest_in(folder: Path) -> str:
         return ""
 
 
+def stamp_in(folder: Path) -> tuple[int, ...]:
+    """Tells the manifest that lies in a folder now from any that lay or will lie there.
+
+    Not by contents: two writers may have put another artifact and the first one again in its place.
+    """
+    try:
+        state = (folder / MANIFEST).stat()
+    except OSError:
+        return ()
+    return state.st_dev, state.st_ino, state.st_mtime_ns
+
+
 def digest_of(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of what a manifest says, but the digest itself."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

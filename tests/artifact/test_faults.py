@@ -67,11 +67,15 @@ def test_a_reader_beside_a_writer_for_a_minute(tmp_path: Path) -> None:
     }
     writer = subprocess.Popen([sys.executable, "-c", WRITER, *map(str, paths)])
     reads, began = 0, time.monotonic()
-    while writer.poll() is None:
-        found = load_artifact(paths[2])
-        weights = {name: weight.tolist() for name, weight in found.weights.items()}
-        assert weights == known[found.saved[paths[2]]]
-        reads += 1
+    try:
+        while writer.poll() is None:
+            found = load_artifact(paths[2])
+            weights = {name: weight.tolist() for name, weight in found.weights.items()}
+            assert weights == known[found.saved[paths[2]]]
+            reads += 1
+    finally:
+        writer.kill()
+        writer.wait()
     assert writer.returncode == 0
     assert reads > 100
     print(f"{reads} reads in {time.monotonic() - began:.0f} s")

@@ -17,10 +17,12 @@ import torch
 
 import cachegraph as cg
 from cachegraph import folders
+from cachegraph.artifact import load
 from cachegraph.artifact.artifact import Artifact
 from cachegraph.artifact.load import load_artifact
 from cachegraph.artifact.manifest import FileRecord, read_manifest
 from cachegraph.errors import InputError
+from cachegraph.graph.weights import load_weights
 from tests.artifact.test_artifact import (
     MANIFEST,
     ROOT,
@@ -56,13 +58,43 @@ def test_a_reader_beside_a_writer_gets_one_artifact_whole(
         [str(part) for part in command], env=os.environ | {"PYTHONPATH": ROOT}
     )
     reads = 0
-    while writer.poll() is None:
-        found = load_artifact(place)
-        assert set(found.saved.values()) <= known
-        assert found.weights[name].tolist() in wanted
-        reads += 1
+    try:
+        while writer.poll() is None:
+            found = load_artifact(place)
+            assert set(found.saved.values()) <= known
+            assert found.weights[name].tolist() in wanted
+            reads += 1
+    finally:
+        writer.kill()
+        writer.wait()
     assert writer.returncode == 0
     assert reads > 10
+
+
+def test_another_artifact_that_came_and_went_is_not_read(
+    original: Path, compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same manifest before and after says nothing of the weights between them."""
+    with torch.no_grad():
+        weights = {name: tensor + 1 for name, tensor in compiled.weights.items()}
+    place, other = compiled.save(tmp_path / "place"), replace(compiled, weights=weights)
+    again = load_artifact(original)
+    times: list[Path] = []
+
+    def between(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+        if not times:
+            other.save(place)
+        found = load_weights(path, device)
+        if not times:
+            again.save(place)
+        times.append(path)
+        return found
+
+    monkeypatch.setattr(load, "load_weights", between)
+    found = load_artifact(place, verify=False)
+    assert len(times) == 2
+    for name, weight in compiled.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=0)
 
 
 def test_half_of_the_weights_zeroed(folder: Path) -> None:
