@@ -61,6 +61,9 @@ _ITEMS, _CHARACTERS = 8, 80  # of a value that is shown
 _LONGEST = 2_000  # characters of an expression
 _LARGEST_EXPONENT = 64
 
+BATCH = "batch"
+SIZES = (BATCH, "frames", "height", "width", "text")  # that may be asked to vary
+
 Dim = int | str  # a number, or an expression in shape symbols such as "s0" or "2*s0"
 
 

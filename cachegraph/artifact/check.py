@@ -79,6 +79,10 @@ def _sizes(program: Program) -> Iterator[str]:
     sizes = [*program.symbols.values(), *program.cost.symbols.values()]
     if program.batch is not None and program.batch not in program.symbols:
         yield f"the batch {program.batch} has no size"
+    names = [*program.names.values()]
+    whole = len({*names}) == len(names) and all(name.isidentifier() for name in names)
+    if not whole or not program.names.keys() <= program.symbols.keys():
+        yield f"sizes are called {', '.join(names)}"
     if any(size < 1 for size in sizes):
         yield "a size below 1"
     try:

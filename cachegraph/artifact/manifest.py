@@ -18,7 +18,7 @@ from cachegraph.runtime.program import OtherPlan, Program
 
 from .data import DataError, from_data, to_data
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"

@@ -19,10 +19,10 @@ class Inductor(InMemory):
     name = "inductor"
 
     def load(self, module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> StepFunction:
-        """A function that compiles at its first call and never again for another batch.
+        """A function that compiles at its first call and never again for other sizes.
 
-        A batch of one is compiled apart: torch treats sizes of one as constants. All other symbolic
-        sizes, such as numbers of tokens, vary there too.
+        Sizes of one are compiled apart, such as a batch of one: torch treats them as constants. All
+        other symbolic sizes, such as numbers of tokens, vary there too.
         """
         dynamic = [
             (i, dim)
@@ -30,24 +30,24 @@ class Inductor(InMemory):
             for dim, size in enumerate(spec.shape)
             if not isinstance(size, int)
         ]
-        one = torch.compile(module, fullgraph=True, dynamic=False)
-        many = torch.compile(module, fullgraph=True, dynamic=None)
-        marked = set[bool]()  # whether a batch of one, or of many, has been compiled
+        compiled = dict[frozenset[tuple[int, int]], StepFunction]()  # by which sizes are one
 
         def call(*given: Tensor) -> Sequence[Tensor]:
             # torch compiles anew for a view that begins elsewhere in its storage.
             tensors = [t.clone() if t.storage_offset() else t for t in given]
-            vary = [(i, dim) for i, dim in dynamic if tensors[i].shape[dim] != 1]
-            single = len(vary) < len(dynamic)
-            if single not in marked:
+            single = frozenset((i, dim) for i, dim in dynamic if tensors[i].shape[dim] == 1)
+            if single not in compiled:
+                automatic = False if single else None
+                compiled[single] = torch.compile(module, fullgraph=True, dynamic=automatic)
                 # Marks stay on a tensor, and these are the sampler's: mark aliases of them.
                 tensors = [t.detach() for t in tensors]
-                for i, dim in vary:
+                for i, dim in dynamic:
+                    if (i, dim) in single:
+                        continue
                     # An expression may have one value only: (2*batch)//batch.
                     plain = str(inputs[i].shape[dim]).isidentifier()
                     mark = torch._dynamo.mark_dynamic if plain else torch._dynamo.maybe_mark_dynamic
                     mark(tensors[i], dim)
-                marked.add(single)
-            return (one if single else many)(*tensors)
+            return compiled[single](*tensors)
 
         return call

@@ -21,7 +21,7 @@ from cachegraph.runtime.known import REQUEST, prologue_name
 from cachegraph.runtime.program import Program
 from cachegraph.spec import TensorSpec
 
-BATCH = "batch"
+COUNT = "k_"  # before the name of a step constant: how many tokens it lists
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ def _named(
     sizes: Mapping[str, tuple[int, ...]],
 ) -> NamedGraph:
     """The graph with its varying sizes called as a reader knows them."""
-    labels = {program.batch: BATCH} if program.batch else {}
+    labels = dict(program.names)
     for port in interface.constants:
         for dim in port.spec.shape:
             if isinstance(dim, str) and dim in sizes and dim not in program.symbols:
-                labels.setdefault(dim, f"k_{port.name}")
+                labels.setdefault(dim, f"{COUNT}{port.name}")
 
     def renamed(ports: Sequence[Port]) -> tuple[Port, ...]:
         return tuple(replace(port, spec=port.spec.renamed(labels)) for port in ports)

@@ -14,6 +14,7 @@ from .options import (
     CODE,
     ArchOption,
     DisableOption,
+    DynamicOption,
     ForceOption,
     InputOption,
     ModelArgument,
@@ -39,6 +40,7 @@ class _Options:
     arch: str | None
     inputs: list[str]
     static_batch: bool
+    dynamic: list[str]
     varying: list[str]
     disable: list[str]
 
@@ -58,6 +60,7 @@ def compile_model(
     static_batch: Annotated[
         bool, typer.Option("--static-batch", help="Fix the batch to that of the example inputs.")
     ] = False,
+    dynamic: DynamicOption = None,
     varying: VaryingOption = None,
     disable: DisableOption = None,
     force: ForceOption = False,
@@ -71,7 +74,8 @@ def compile_model(
     asked = _asked(schedules)
     _check(backend, disable or [], out)
     name, (first, *_) = "-".join(asked), asked.values()
-    how = _Options(backend, arch, inputs or [], static_batch, varying or [], disable or [])
+    vary = [name.strip() for name in dynamic.split(",")] if dynamic else []
+    how = _Options(backend, arch, inputs or [], static_batch, vary, varying or [], disable or [])
     with progress() as say:
         say("looking for what is there already")
         others = asked if len(asked) > 1 else {}
@@ -129,6 +133,7 @@ def _make(source: Source, asked: dict[str, Schedule], how: _Options, say: Say) -
             source.args,
             source.kwargs,
             dynamic_batch=not how.static_batch,
+            dynamic=how.dynamic,
             varying=how.varying,
             disable=how.disable,
             traced=traced,

@@ -90,6 +90,13 @@ VaryingOption = Annotated[
         help="An input that differs from step to step, beside the first one and the timestep.",
     ),
 ]
+DynamicOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES",
+        help="Sizes that have to vary, of batch, frames, height, width and text: height,width.",
+    ),
+]
 SizeOption = Annotated[
     int | None,
     typer.Option(

@@ -76,6 +76,7 @@ def build(
     *,
     dynamic_batch: bool = True,
     by_item: bool = True,
+    dynamic: Sequence[str] = (),
     varying: Sequence[str] = (),
     disable: Sequence[str] = (),
     traced: TracedModel | None = None,
@@ -91,6 +92,7 @@ def build(
         dynamic_batch: let the batch vary where torch.export can.
         by_item: where it cannot, take batches apart, if items do not depend on another. Their
             products are rounded otherwise than those of a batch.
+        dynamic: sizes that have to vary: ``batch``, ``frames``, ``height``, ``width``, ``text``.
         varying: inputs that differ from step to step, beside the first one and the timestep.
         disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
         traced: the model's trace, where it is there already.
@@ -104,7 +106,8 @@ def build(
     if traced is None:
         say("tracing the model")
         args, kwargs = example_inputs(model, args, kwargs)
-        traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch, by_item=by_item)
+        how: Any = {"dynamic_batch": dynamic_batch, "by_item": by_item, "dynamic": dynamic}
+        traced = trace(model, args, kwargs, **how)
     for one in traced.contents:
         if (name := traced.signature.inputs[one.input][0]) in varying:
             raise changing(one.place, name)
@@ -132,6 +135,7 @@ def compile(
     backend: str = "inductor",
     out: str | Path | None = None,
     dynamic_batch: bool = True,
+    dynamic: Sequence[str] = (),
     varying: Sequence[str] = (),
     disable: Sequence[str] = (),
     progress: Progress | None = None,
@@ -147,6 +151,9 @@ def compile(
         backend: what runs the graphs: ``eager``, ``inductor``, ``aoti``, ``onnx``, ``tensorrt``.
         out: folder to write the artifact to.
         dynamic_batch: let the batch vary where torch.export can.
+        dynamic: sizes that have to vary, too: ``height`` and ``width`` of the latent, ``frames``,
+            the length of the ``text``; or the ``batch``, where a fixed one is no use. A model that
+            fixes one is refused, with the line that does so.
         varying: inputs that differ from step to step, beside the first one and the timestep. All
             others must stay the same throughout a trajectory.
         disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
@@ -165,6 +172,7 @@ def compile(
         args,
         kwargs,
         dynamic_batch=dynamic_batch,
+        dynamic=dynamic,
         varying=varying,
         disable=disable,
         progress=progress,

@@ -63,6 +63,7 @@ def make_program(
         conditions=traced.conditions,
         contents=traced.contents,
         items=traced.items,
+        names=traced.names,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,20 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree
 
 from cachegraph.errors import ModelError, TraceError
-from cachegraph.spec import TensorSpec
+from cachegraph.spec import BATCH, TensorSpec
 
 from .conditions import failed
 from .contents import Contents
+from .dynamic import (
+    SEVERAL,
+    Axes,
+    FixedSizeError,
+    axes_of,
+    refuse_fixed,
+    refuse_read,
+    symbol_names,
+    tensors_of,
+)
 from .flex import write_out_flex_attention
 from .functional import functional
 from .guards import branches, conditions_of, line_that_fixes
@@ -55,6 +65,7 @@ class Exported:
         reason: why the batch is fixed, where it is.
         contents: of inputs, which the model reads.
         items: how a batch is taken apart, where the trace is of one item.
+        names: symbol -> what people call it.
     """
 
     program: ExportedProgram
@@ -64,10 +75,15 @@ class Exported:
     reason: str = ""
     contents: tuple[Contents, ...] = ()
     items: Items | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def export(
-    model: nn.Module, arguments: dict[str, Any], dynamic_batch: bool, by_item: bool
+    model: nn.Module,
+    arguments: dict[str, Any],
+    dynamic_batch: bool,
+    by_item: bool,
+    dynamic: Collection[str] = (),
 ) -> Exported:
     """Export a module.
 
@@ -76,10 +92,11 @@ def export(
         arguments: an example call, by name.
         dynamic_batch: let the batch vary where it can.
         by_item: where it cannot, export one item, if items do not depend on another.
+        dynamic: names of sizes that have to vary, see :mod:`.dynamic`.
 
     Raises:
-        ModelError: no input is a tensor with a batch.
-        TraceError: torch.export cannot follow the model.
+        ModelError: no input is a tensor with a batch, or there is no such size.
+        TraceError: torch.export cannot follow the model, or the model fixes such a size.
     """
     leaves = _tensors(arguments)
     if not leaves or not leaves[0].ndim:
@@ -89,12 +106,16 @@ def export(
         )
     weights = (*model.parameters(), *model.buffers())
     runs = not any(tensor.is_meta for tensor in (*weights, *leaves))
-    attempt = _Attempt(model, arguments, runs, by_item)
+    attempt = _Attempt(model, arguments, runs, by_item, axes_of(arguments, dynamic))
     try:
-        return attempt.run(dynamic_batch)
-    except ReadError as error:
-        _log.info("the model reads numbers at %s: they are recorded in a plain call", error)
-    return _Attempt(model, arguments, runs, by_item, reading=True).run(dynamic_batch)
+        found = attempt.run(dynamic_batch)
+    except FixedSizeError as error:
+        _log.info("%s: others follow", error)
+        follow = axes_of(arguments, dynamic, follow=True)
+        found = replace(attempt, axes=follow).run(dynamic_batch)
+    if BATCH in dynamic and found.reason and found.items is None:
+        raise TraceError("the batch cannot vary", found=found.reason)
+    return found
 
 
 def changing(place: str, name: str) -> TraceError:
@@ -116,9 +137,24 @@ class _Attempt:
     arguments: dict[str, Any]
     runs: bool  # the model has weights to run with
     by_item: bool
+    axes: Axes | None
     reading: bool = False
 
     def run(self, dynamic_batch: bool) -> Exported:
+        """Without reading numbers if that works.
+
+        Raises:
+            FixedSizeError: a named size does not vary.
+        """
+        try:
+            return self._run(dynamic_batch)
+        except ReadError as error:
+            if self.reading:
+                raise
+            _log.info("the model reads numbers at %s: they are recorded in a plain call", error)
+        return replace(self, reading=True)._run(dynamic_batch)
+
+    def _run(self, dynamic_batch: bool) -> Exported:
         if not dynamic_batch:
             return self._once(self.arguments, reason="asked for")
         found, reason = self._any_batch()
@@ -149,13 +185,15 @@ class _Attempt:
         except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
             said = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); " if asked else ""
             return None, f"{said}torch.export: {_first_line(error)}"
-        conditions, reason = _conditions(program, asked, leaves)
+        refuse_fixed(program, self.axes)
+        conditions, reason = _conditions(program, asked, dict(tensors_of(self.arguments)))
         if reason and asked and not reason.startswith(_BRANCHES):
             reason = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); {reason}"
         if conditions is None or (reason and batch == 1):
             return None, reason
         contents = contents_of(reads, _tensors(example), rows=True)
-        return Exported(program, source, self.arguments, conditions, reason, contents), reason
+        found = Exported(program, source, self.arguments, conditions, reason, contents)
+        return self._named(found), reason
 
     def _reads_alike(self, reads: Mapping[Any, Read], example: Mapping[str, Any]) -> bool:
         """Whether another batch of the same items makes the model read the same."""
@@ -192,13 +230,36 @@ class _Attempt:
     ) -> Exported:
         reads = self._reads(arguments)
         try:
-            program, source = self._export(arguments, reads, None)
+            with branches() as asked:
+                program, source = self._export(arguments, reads, None)
         except (TraceError, ReadError):
             raise
         except Exception as error:
             raise untraceable(self.model, _tensors(arguments), error) from error
         contents = contents_of(reads, _tensors(arguments), rows=False)
-        return Exported(program, source, arguments, (), reason, contents, items)
+        found = Exported(program, source, arguments, (), reason, contents, items)
+        if self.axes is None:
+            return self._named(found)
+        refuse_fixed(program, self.axes)
+        symbols = symbols_of(_inputs(program), _tensors(arguments))
+        try:
+            return self._named(replace(found, conditions=conditions_of(program, asked, symbols)))
+        except ValueError as error:
+            raise TraceError("sizes cannot vary", found=str(error), remedy=SEVERAL) from error
+
+    def _named(self, found: Exported) -> Exported:
+        """The same with names for its symbols, and sizes that the conditions are known for."""
+        places = dict(tensors_of(found.arguments))
+        inputs = dict(zip(places, _inputs(found.program), strict=True))
+        first = str(next(iter(inputs.values())).shape[0])
+        batch = first if first.isidentifier() else None
+        names = symbol_names(inputs, batch, self.axes)
+        if self.axes is None:
+            return replace(found, names=names)
+        refuse_read(found.contents, list(inputs.values()), batch)
+        # Torch takes a symbol to be 2 or more; of the batch alone we know that 1 is as right.
+        least = (f"{symbol} >= 2" for symbol in names if symbol != batch)
+        return replace(found, names=names, conditions=(*found.conditions, *least))
 
     def _reads(self, arguments: Mapping[str, Any]) -> dict[Any, Read]:
         if not self.reading:
@@ -222,7 +283,7 @@ class _Attempt:
         mode = Replaying(reads) if self.reading else listening if self.runs else nullcontext()
         try:
             with mode:
-                program, source = _export_once(self.model, arguments, batch)
+                program, source = _export_once(self.model, arguments, batch, self.axes)
         except Exception as error:
             if listening.passed and not isinstance(error, ReadError):
                 raise ReadError(listening.passed) from error
@@ -240,23 +301,27 @@ _BRANCHES = "the model branches on sizes", "the model takes batches"
 
 
 def _conditions(
-    program: ExportedProgram, asked: Mapping[Any, str], leaves: Sequence[Tensor]
+    program: ExportedProgram, asked: Mapping[Any, str], leaves: Mapping[str, Tensor]
 ) -> tuple[tuple[str, ...] | None, str]:
     """What sizes must fulfil, None where that has no form; and why the batch is fixed if it is."""
-    names = set(program.graph_signature.user_inputs)
-    holders = (n for n in program.graph.find_nodes(op="placeholder") if n.name in names)
-    inputs = [n.meta["val"] for n in holders if isinstance(n.meta.get("val"), Tensor)]
-    symbols = symbols_of(inputs, leaves)
+    inputs = _inputs(program)
+    symbols = symbols_of(inputs, [*leaves.values()])
     try:
         conditions = conditions_of(program, asked, symbols)
     except ValueError as error:
         return None, f"the model branches on sizes: {error}"
     if isinstance(TensorSpec.of(inputs[0]).shape[0], int):
-        line = line_that_fixes(program, asked)
+        line = line_that_fixes(program, next(iter(leaves)), 0)
         return conditions, f"the model fixes it ({line})" if line else "the model fixes it"
     if (broken := failed(conditions, symbols)) is not None:
         return None, f"the model takes batches of one another way ({broken} for all others)"
     return conditions, ""
+
+
+def _inputs(program: ExportedProgram) -> list[Tensor]:
+    names = set(program.graph_signature.user_inputs)
+    holders = (n for n in program.graph.find_nodes(op="placeholder") if n.name in names)
+    return [n.meta["val"] for n in holders if isinstance(n.meta.get("val"), Tensor)]
 
 
 def symbols_of(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, int]:
@@ -275,13 +340,17 @@ def unknown_sizes(node: fx.Node) -> list[str]:
 
 
 def _export_once(
-    model: nn.Module, arguments: Mapping[str, Any], batch: int | None
+    model: nn.Module, arguments: Mapping[str, Any], batch: int | None, axes: Axes | None
 ) -> tuple[ExportedProgram, fx.GraphModule]:
-    def dims(leaf: Any) -> dict[int, Any] | None:
-        varies = batch and isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
-        return {0: Dim.AUTO} if varies else None
+    def dims(path: Any, leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, Tensor) or not leaf.ndim:
+            return None
+        free = axes.free.get(_pytree.keystr(path), ()) if axes is not None else ()
+        rows = (0,) if batch and leaf.shape[0] == batch else ()
+        return dict.fromkeys((*rows, *free), Dim.AUTO)
 
-    shapes = _pytree.tree_map(dims, dict(arguments)) if batch else None
+    vary = batch or axes is not None
+    shapes = _pytree.tree_map_with_path(dims, dict(arguments)) if vary else None
     # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
     given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, dict(arguments))
     with quiet():

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from sympy import And, Basic, Eq, Integer, Not, Or
+from sympy import And, Basic, Eq, Integer, Not, Or, Symbol
 from sympy.core.relational import Relational
 from torch.export import ExportedProgram
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .conditions import failed, parse, symbols_of
+from .lines import is_models
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -26,9 +29,11 @@ def branches() -> Iterator[dict[Basic, str]]:
 
     Torch takes a symbol to be 2 or more, so it knows the answer to ``batch == 1`` and makes no
     guard of it; it does so for its own purposes, too, where a batch of one is as right.
+
+    Of the guards that torch makes, the line of the model is noted, not that inside of torch.
     """
     found: dict[Basic, str] = {}
-    plain = torch.SymBool.__bool__
+    plain, passed_over = torch.SymBool.__bool__, symbolic_shapes.uninteresting_files
 
     def listen(asked: torch.SymBool) -> bool:
         question = asked.node.expr  # the answer may make a number of it
@@ -40,10 +45,19 @@ def branches() -> Iterator[dict[Basic, str]]:
         return answer
 
     torch.SymBool.__bool__ = listen  # type: ignore[method-assign]
+    symbolic_shapes.uninteresting_files = _NoModels  # type: ignore[assignment]
     try:
         yield found
     finally:
         torch.SymBool.__bool__ = plain  # type: ignore[method-assign]
+        symbolic_shapes.uninteresting_files = passed_over
+
+
+class _NoModels(Container[str]):
+    """All files but a model's own."""
+
+    def __contains__(self, file: object) -> bool:
+        return not is_models(str(file))
 
 
 def conditions_of(
@@ -81,17 +95,53 @@ def conditions_of(
     return tuple(found)
 
 
-def line_that_fixes(program: ExportedProgram, asked: Mapping[Basic, str]) -> str:
-    """Where a size became a number: ``model.py:12 in forward``; empty where nobody knows."""
+def line_that_fixes(program: ExportedProgram, place: str, axis: int) -> str | None:
+    """Where a model fixes a size: ``model.py:12 in forward``; empty where nobody knows the line.
+
+    A size is fixed where something holds for it, but for neither twice nor half of it, whichever of
+    the sizes that it is compared with are changed likewise: ``height // 2 == 16`` fixes,
+    ``height % 8 == 0`` and ``height == width`` do not.
+
+    Args:
+        program: the trace, made while :func:`branches` listened.
+        place: of an input in the call, as pytree writes it.
+        axis: of the input.
+
+    Returns:
+        None where the size varies.
+    """
     environment = _environment(program)
-    for guard in reversed(environment.guards if environment else ()):
-        if isinstance(guard.expr, Eq) and guard.expr in asked:
-            return asked[guard.expr]
-        frame = guard.sloc.framework_loc
-        inside = isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith(_TORCH)
-        if inside and isinstance(guard.expr, Eq):
-            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
-    return ""
+    if environment is None:
+        return None
+    source = f"L{place}.size()[{axis}]"
+    asked = {s for s, of in environment.var_to_sources.items() if source in {o.name for o in of}}
+    tied = dict(environment.replacements)
+    for _ in tied:  # what is the same size as these, directly or not
+        asked |= {s for s, value in tied.items() if value in asked}
+        asked |= {value for s, value in tied.items() if s in asked and isinstance(value, Symbol)}
+    sizes = environment.backed_var_to_val
+    for guard in environment.guards:
+        if _fixes(guard.expr, asked, sizes):
+            frame = guard.sloc.framework_loc
+            known = isinstance(frame, traceback.FrameSummary)
+            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" if known else ""
+    return None
+
+
+def _fixes(condition: Basic, asked: set[Any], sizes: Mapping[Any, Any]) -> bool:
+    known = {s: Integer(int(sizes[s])) for s in condition.free_symbols if s in sizes}
+    mine = asked & known.keys()
+    rest = sorted(known.keys() - mine, key=str)
+    subsets = chain.from_iterable(combinations(rest, n) for n in range(len(rest) + 1))
+    for others in subsets if mine else ():
+        changed = mine | {*others}
+        twice = known | {s: 2 * known[s] for s in changed}
+        half = known | {s: known[s] // 2 for s in changed}
+        small = min(known[s] for s in changed) < 4  # torch takes symbols to be 2 or more
+        for given in (twice,) if small else (twice, half):
+            if condition.xreplace(given) != False:  # noqa: E712
+                return False
+    return bool(mine)
 
 
 def _environment(program: ExportedProgram) -> ShapeEnv | None:

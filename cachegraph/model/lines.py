@@ -42,14 +42,14 @@ def line_of_node(node: fx.Node) -> str:
 
 
 def _shown(frames: list[tuple[str, int]]) -> str:
-    own = (frame for frame in reversed(frames) if _is_models(frame[0]))
+    own = (frame for frame in reversed(frames) if is_models(frame[0]))
     for file, line in own:
         if code := linecache.getline(file, line).strip():
             return f"{file}:{line}: {code}"
     return ""
 
 
-def _is_models(file: str) -> bool:
+def is_models(file: str) -> bool:
     """Whether a file is neither torch's, nor Python's, nor of this folder."""
     if file.startswith((_TORCH, _HERE, "<")):
         return False

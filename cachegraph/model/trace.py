@@ -6,8 +6,8 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from cachegraph.errors import ModelError, SiteError, TraceError
 from cachegraph.spec import TensorSpec
 
 from .contents import Contents
+from .dynamic import checked_names
 from .export import CHECKS, Exported, export, symbols_of, unknown_sizes
 from .items import Items
 from .lines import line_of_node
@@ -49,6 +50,7 @@ class TracedModel:
             the model; see :mod:`.conditions`.
         contents: of inputs, which the model reads: for others the graph is not the model.
         items: how a call is taken apart where the graph is of one item of the batch.
+        names: symbol -> what people call it: ``batch``, ``height``, or ``img_ids_0``.
     """
 
     module: fx.GraphModule
@@ -62,6 +64,7 @@ class TracedModel:
     conditions: tuple[str, ...] = ()
     contents: tuple[Contents, ...] = ()
     items: Items | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def trace(
@@ -71,6 +74,7 @@ def trace(
     *,
     dynamic_batch: bool = True,
     by_item: bool = True,
+    dynamic: Iterable[str] = (),
 ) -> TracedModel:
     """Trace a model; nothing about it is changed.
 
@@ -80,10 +84,13 @@ def trace(
         kwargs: example inputs by name.
         dynamic_batch: let the batch vary where torch.export can; else it is fixed.
         by_item: where it cannot, trace one item of the batch, if items do not depend on another.
+        dynamic: sizes that have to vary, see :data:`cachegraph.spec.SIZES`.
 
     Raises:
+        InputError: there is no such size.
         ModelError: the model is in training mode or wrapped, or no input is a tensor.
-        TraceError: torch.export cannot follow the model, or it changes a buffer.
+        TraceError: torch.export cannot follow the model, it changes a buffer, or it fixes a size
+            that has to vary.
         SiteError: no site was found.
     """
     refuse_wrapped(model)
@@ -96,7 +103,7 @@ def trace(
     arguments = call_arguments(model, args, kwargs or {})
     with unchanged(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
-        exported = export(model, arguments, dynamic_batch, by_item)
+        exported = export(model, arguments, dynamic_batch, by_item, checked_names(dynamic))
     flat = _flatten(exported.source, len(_pytree.tree_leaves(dict(exported.arguments))))
     return _finish(model, flat, exported)
 
@@ -139,6 +146,7 @@ def _finish(
         conditions=exported.conditions,
         contents=exported.contents,
         items=exported.items,
+        names=exported.names,
     )
 
 

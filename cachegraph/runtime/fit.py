@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from cachegraph.spec import Dim, TensorSpec, evaluate
+from cachegraph.spec import SIZES, Dim, TensorSpec, evaluate
+
+from .program import Program
 
 
 def misfit(
@@ -15,7 +18,7 @@ def misfit(
     tensor: Tensor,
     sizes: Mapping[str, int],
     device: torch.device,
-    batch: str | None,
+    program: Program,
 ) -> tuple[str, str] | None:
     """What is wrong with a tensor, and what to do; None where it fits.
 
@@ -24,7 +27,7 @@ def misfit(
         tensor: of the call.
         sizes: of the symbols, as the first inputs that have them say.
         device: of the graphs.
-        batch: the symbol of the batch; None where it is fixed.
+        program: for which sizes vary, and what they are called.
     """
     if tensor.device.type != device.type:
         return "another device", f"move it: .to({device.type!r}), or load the artifact there"
@@ -40,15 +43,15 @@ def misfit(
             continue
         found = f"axis {axis} is {size} instead of {'another size' if wanted is None else wanted}"
         if isinstance(dim, str):
-            return (
-                f"{found} ({dim})",
-                f"give all inputs the same {'batch' if dim == batch else dim}",
-            )
-        if axis == 0 and batch is None:
+            words = re.sub(r"\w+", lambda word: program.names.get(word[0], word[0]), dim)
+            return f"{found} ({words})", f"give all inputs the same {words}"
+        if axis == 0 and program.batch is None:
             return found, "the batch is fixed: compile with example inputs of this size"
+        named = {*program.names.values()} & {*SIZES} or {"none"}
         return found, (
-            "sizes are fixed, but for the batch: compile with example inputs of this size, "
-            "an artifact for each, or pad the input where the model takes a mask"
+            f"sizes are fixed, but for {' and '.join(sorted(named))}: compile with dynamic=... "
+            f"(--dynamic {','.join(SIZES)}), or with example inputs of this size, an artifact for "
+            "each, or pad the input where the model takes a mask"
         )
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from cachegraph.graph.interface import Interface
@@ -107,6 +107,7 @@ class Program:
         disabled: names of exact optimisations that were left out.
         contents: of inputs, which the model reads: for others the graphs are not the model.
         items: how a call is taken apart where the graphs are of one item of the batch.
+        names: symbol -> what people call it: ``batch``, ``height``, or ``img_ids_0``.
     """
 
     sites: tuple[Site, ...]
@@ -128,10 +129,11 @@ class Program:
     disabled: tuple[str, ...] = ()
     contents: tuple[Contents, ...] = ()
     items: Items | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def with_plan(self, other: OtherPlan) -> Program:
         """The program of another plan, over the same graphs."""
-        own = {field.name: getattr(other, field.name) for field in fields(other)}
+        own = {one.name: getattr(other, one.name) for one in fields(other)}
         return replace(self, **own)
 
     def without_others(self) -> Program:

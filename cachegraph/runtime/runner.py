@@ -208,7 +208,7 @@ class Runner(nn.Module):
             for dim, size in zip(spec.shape, tensor.shape, strict=False):
                 if isinstance(dim, str) and dim.isidentifier():
                     sizes.setdefault(dim, size)
-            if found := misfit(spec, tensor, sizes, self.device, self.program.batch):
+            if found := misfit(spec, tensor, sizes, self.device, self.program):
                 raise SessionError(
                     f"input {name!r} does not fit the compiled graphs",
                     expected=f"{spec} on {self.device.type}",
@@ -219,13 +219,14 @@ class Runner(nn.Module):
             raise SessionError(
                 "the model does something else for inputs of these sizes than was compiled",
                 expected=self._in_words(broken),
-                found=", ".join(f"{name} = {size}" for name, size in sizes.items()),
+                found=self._in_words(", ".join(f"{name} = {size}" for name, size in sizes.items())),
                 remedy="compile it with example inputs of these sizes",
             )
 
-    def _in_words(self, condition: str) -> str:
-        """A condition with the batch called so."""
-        return re.sub(rf"\b{self.program.batch}\b", "batch", condition)
+    def _in_words(self, text: str) -> str:
+        """A condition with symbols called as people call them."""
+        names = self.program.names
+        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), text)
 
     def check_weights(self) -> None:
         """Refuse to run with weights that were written to after they were compiled.

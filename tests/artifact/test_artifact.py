@@ -231,12 +231,12 @@ def test_a_program_that_is_none(folder: Path) -> None:
 
 def test_a_newer_format_is_told_from_damage(folder: Path) -> None:
     signed(folder, lambda manifest: manifest.update(cachegraph=7))
-    assert "expected format 4; found format 7; update cachegraph" in refusal(folder)
+    assert "expected format 5; found format 7; update cachegraph" in refusal(folder)
 
 
 def test_an_older_format_is_to_be_compiled_again(folder: Path) -> None:
     signed(folder, lambda manifest: manifest.update(cachegraph=2))
-    assert "expected format 4; found format 2; compile it again" in refusal(folder)
+    assert "expected format 5; found format 2; compile it again" in refusal(folder)
 
 
 # --- saving

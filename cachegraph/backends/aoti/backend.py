@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cachegraph.backends import AheadOfTime, Graphs, Progress, Weights
-from cachegraph.backends.named import BATCH, NamedGraph
+from cachegraph.backends.named import COUNT, NamedGraph
 from cachegraph.errors import BackendError
 from cachegraph.folders import is_as_recorded, own_cache, record_content, writing
 from cachegraph.graph.serialise import graph_to_json
@@ -46,7 +46,7 @@ _MODEL = "model"  # torch's name for the only one of a package
 _INLINED = 64  # elements; inductor writes the numbers of small weights (up to 8) into the code
 # Variables that tell inductor how to compile, and of these one that only says where it works.
 _SETTINGS = re.compile("TORCHINDUCTOR_(?!CACHE_DIR$)|AOT_INDUCTOR_|C(XX|C|PP)(FLAGS)?$")
-_TOKENS = 3  # an example for sizes that vary, the same whatever the schedule's numbers are
+_TOKENS = 3  # an example for counts of tokens, the same whatever the schedule's numbers are
 
 
 class Aoti(AheadOfTime):
@@ -131,7 +131,7 @@ def _job(graph: NamedGraph, weights: Weights, device: torch.device) -> str:
             "weights": {name: str(TensorSpec.of(tensor)) for name, tensor in used.items()},
             "values": {k: _numbers(t) for k, t in used.items() if t.numel() <= _INLINED},
             "inputs": [str(spec) for spec in graph.inputs.values()],
-            "sizes": {name: sizes[name] if name == BATCH else _TOKENS for name in sizes},
+            "sizes": {k: _TOKENS if k.startswith(COUNT) else size for k, size in sizes.items()},
             "built_for": _machine(device),
             "options": _OPTIONS,
             "settings": compiler_settings(),

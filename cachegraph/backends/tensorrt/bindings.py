@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cachegraph.backends.named import BATCH, NamedGraph
-from cachegraph.spec import TensorSpec
+from cachegraph.backends.named import COUNT, NamedGraph
+from cachegraph.spec import BATCH, TensorSpec
 
 LARGEST_BATCH = 8  # that engines are built for, unless the model was traced with a larger one
 
@@ -34,17 +34,21 @@ class Binding:
 def binding_plan(graph: NamedGraph) -> tuple[Binding, ...]:
     """The bindings of an engine: inputs, then outputs, in the graph's order.
 
-    The batch varies from 1 to :data:`LARGEST_BATCH`, and a count of tokens over what the steps of
-    the graph need.
+    The batch varies from 1 to :data:`LARGEST_BATCH`, a count of tokens over what the steps of the
+    graph need, and other sizes from half to twice those of the example.
 
     Args:
         graph: that the engine is built from.
     """
     usual = graph.example_sizes()
-    smallest = {name: 1 if name == BATCH else min(v) for name, v in graph.sizes.items()}
-    largest = {
-        name: max(LARGEST_BATCH, *v) if name == BATCH else max(v) for name, v in graph.sizes.items()
-    }
+    smallest, largest = dict[str, int](), dict[str, int]()
+    for name, values in graph.sizes.items():
+        least, most = min(values), max(values)
+        if name == BATCH:
+            least, most = 1, max(LARGEST_BATCH, most)
+        elif not name.startswith(COUNT):
+            least, most = least // 2, 2 * most
+        smallest[name], largest[name] = least, most
     return tuple(
         Binding(
             name,
