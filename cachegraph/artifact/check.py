@@ -120,6 +120,8 @@ def _tensors(tree: Any) -> Iterator[int]:
             return
         case {"dict": dict(children)} | {"object": dict(children)}:
             yield from _tensors([*children.values()])
+        case {"each": child}:
+            yield from _tensors([child])
         case {"list": list(children)} | {"tuple": list(children)}:
             yield from _tensors(children)
         case list():

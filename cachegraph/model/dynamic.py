@@ -125,11 +125,11 @@ def refuse_read(contents: Iterable[Contents], inputs: Sequence[Tensor], batch: s
     """Refuse contents that decide what is computed where their size varies.
 
     Raises:
-        TraceError: names the line that reads them.
+        FixedSizeError: names the line that reads them.
     """
     for one in contents:
         if any(str(dim).isidentifier() and str(dim) != batch for dim in inputs[one.input].shape):
-            raise TraceError(
+            raise FixedSizeError(
                 "sizes cannot vary: the model reads numbers from an input of such a size",
                 place=one.place,
                 remedy=SEVERAL,

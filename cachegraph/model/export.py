@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree
 
 from cachegraph.errors import ModelError, TraceError
-from cachegraph.spec import BATCH, TensorSpec
+from cachegraph.spec import BATCH
 
-from .conditions import failed
 from .contents import Contents
 from .dynamic import (
     SEVERAL,
@@ -31,12 +29,13 @@ from .dynamic import (
 )
 from .flex import write_out_flex_attention
 from .functional import functional
-from .guards import branches, conditions_of, line_that_fixes
-from .items import Items, batch_of, independent_items, two_items
+from .guards import branches, conditions_of
+from .items import Items, batch_of, independent_items, one_more, two_items, with_batch
 from .lines import quiet, untraceable
 from .masks import without_masks
 from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
 from .signature import TIMESTEP_NAMES
+from .sizes import BRANCHES, batch_conditions, inputs_of, symbols_of, unknown_sizes
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -66,6 +65,7 @@ class Exported:
         contents: of inputs, which the model reads.
         items: how a batch is taken apart, where the trace is of one item.
         names: symbol -> what people call it.
+        lists: arguments that are a list of the same constant for each item of the batch.
     """
 
     program: ExportedProgram
@@ -76,6 +76,7 @@ class Exported:
     contents: tuple[Contents, ...] = ()
     items: Items | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    lists: frozenset[str] = frozenset()
 
 
 def export(
@@ -114,7 +115,7 @@ def export(
         follow = axes_of(arguments, dynamic, follow=True)
         found = replace(attempt, axes=follow).run(dynamic_batch)
     if BATCH in dynamic and found.reason and found.items is None:
-        raise TraceError("the batch cannot vary", found=found.reason)
+        raise FixedSizeError("the batch cannot vary", found=found.reason)
     return found
 
 
@@ -172,7 +173,7 @@ class _Attempt:
         if batch_of(self.arguments) != batch:
             return None, "the first input is a list of an item each"
         # Export takes a size of 1 for a constant, so a batch of one is traced as two.
-        example = _with_batch(self.arguments, batch, 2) if batch == 1 else self.arguments
+        example = with_batch(self.arguments, batch, 2) if batch == 1 else self.arguments
         reads = self._reads(example)
         if reads and not self._reads_alike(reads, example):
             return None, f"what the model reads depends on the batch ({_first_place(reads)})"
@@ -183,17 +184,38 @@ class _Attempt:
         except (TraceError, ReadError):
             raise
         except Exception as error:  # noqa: BLE001 - export has no common base for "cannot vary"
-            said = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); " if asked else ""
+            said = f"{BRANCHES[0]} ({next(iter(asked.values()))}); " if asked else ""
             return None, f"{said}torch.export: {_first_line(error)}"
         refuse_fixed(program, self.axes)
-        conditions, reason = _conditions(program, asked, dict(tensors_of(self.arguments)))
-        if reason and asked and not reason.startswith(_BRANCHES):
-            reason = f"{_BRANCHES[0]} ({next(iter(asked.values()))}); {reason}"
+        conditions, reason = batch_conditions(program, asked, dict(tensors_of(self.arguments)))
+        if reason and asked and not reason.startswith(BRANCHES):
+            reason = f"{BRANCHES[0]} ({next(iter(asked.values()))}); {reason}"
         if conditions is None or (reason and batch == 1):
             return None, reason
         contents = contents_of(reads, _tensors(example), rows=True)
         found = Exported(program, source, self.arguments, conditions, reason, contents)
-        return self._named(found), reason
+        lists = frozenset[str]() if reason else self._lists()
+        return replace(self._named(found), lists=lists), reason
+
+    def _lists(self) -> frozenset[str]:
+        """Lists of the same constant for each item, which are as long for another batch."""
+        batch, found = batch_of(self.arguments), set[str]()
+        for name, value in self.arguments.items():
+            if isinstance(value, list) and len(value) == batch and value.count(value[0]) == batch:
+                constant = not _tensors({name: value})
+                found |= {name} if constant else set()
+        items = self._independent()[1] if found and self.runs else None
+        return frozenset(found & {*items.lists} if items is not None else ())
+
+    def _independent(self) -> tuple[dict[str, Any], Items | None]:
+        """A batch, and how it is taken apart into items that do not depend on one another."""
+        several = self.arguments
+        if batch_of(several) == 1:
+            several = two_items(several)
+        try:
+            return several, independent_items(self.model, several)
+        except Exception:  # noqa: BLE001 - a model that fails in a plain call is told by its trace
+            return several, None
 
     def _reads_alike(self, reads: Mapping[Any, Read], example: Mapping[str, Any]) -> bool:
         """Whether another batch of the same items makes the model read the same."""
@@ -202,21 +224,15 @@ class _Attempt:
         if any(len(t) == batch and not torch.equal(t, t[:1].expand_as(t)) for t in used if t.ndim):
             return False  # rows of other batches could be others
         try:
-            return same_reads(reads, self._reads(_one_more(example)))
+            return same_reads(reads, self._reads(one_more(example)))
         except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
             return False
 
     def _item_by_item(self, reason: str) -> Exported | None:
         """Of one item, where a plain call shows that items do not depend on one another."""
-        if not (self.runs and self.by_item) or reason.startswith(_BRANCHES):
+        if not (self.runs and self.by_item) or reason.startswith(BRANCHES):
             return None
-        several = self.arguments
-        if batch_of(several) == 1:
-            several = two_items(several)
-        try:
-            items = independent_items(self.model, several)
-        except Exception:  # noqa: BLE001 - a model that fails in a plain call is told by its trace
-            return None
+        several, items = self._independent()
         if items is None:
             return None
         parts = [items.part(several, number) for number in range(items.count(several))]
@@ -241,16 +257,16 @@ class _Attempt:
         if self.axes is None:
             return self._named(found)
         refuse_fixed(program, self.axes)
-        symbols = symbols_of(_inputs(program), _tensors(arguments))
+        symbols = symbols_of(inputs_of(program), _tensors(arguments))
         try:
             return self._named(replace(found, conditions=conditions_of(program, asked, symbols)))
         except ValueError as error:
-            raise TraceError("sizes cannot vary", found=str(error), remedy=SEVERAL) from error
+            raise FixedSizeError("sizes cannot vary", found=str(error), remedy=SEVERAL) from error
 
     def _named(self, found: Exported) -> Exported:
         """The same with names for its symbols, and sizes that the conditions are known for."""
         places = dict(tensors_of(found.arguments))
-        inputs = dict(zip(places, _inputs(found.program), strict=True))
+        inputs = dict(zip(places, inputs_of(found.program), strict=True))
         first = str(next(iter(inputs.values())).shape[0])
         batch = first if first.isidentifier() else None
         names = symbol_names(inputs, batch, self.axes)
@@ -296,49 +312,6 @@ class _Attempt:
         return program, source
 
 
-# Reasons not to take a batch apart: for another one the model may do something else.
-_BRANCHES = "the model branches on sizes", "the model takes batches"
-
-
-def _conditions(
-    program: ExportedProgram, asked: Mapping[Any, str], leaves: Mapping[str, Tensor]
-) -> tuple[tuple[str, ...] | None, str]:
-    """What sizes must fulfil, None where that has no form; and why the batch is fixed if it is."""
-    inputs = _inputs(program)
-    symbols = symbols_of(inputs, [*leaves.values()])
-    try:
-        conditions = conditions_of(program, asked, symbols)
-    except ValueError as error:
-        return None, f"the model branches on sizes: {error}"
-    if isinstance(TensorSpec.of(inputs[0]).shape[0], int):
-        line = line_that_fixes(program, next(iter(leaves)), 0)
-        return conditions, f"the model fixes it ({line})" if line else "the model fixes it"
-    if (broken := failed(conditions, symbols)) is not None:
-        return None, f"the model takes batches of one another way ({broken} for all others)"
-    return conditions, ""
-
-
-def _inputs(program: ExportedProgram) -> list[Tensor]:
-    names = set(program.graph_signature.user_inputs)
-    holders = (n for n in program.graph.find_nodes(op="placeholder") if n.name in names)
-    return [n.meta["val"] for n in holders if isinstance(n.meta.get("val"), Tensor)]
-
-
-def symbols_of(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, int]:
-    """Symbol -> size, of symbolic inputs that stand for the given tensors."""
-    return {
-        str(dim): size
-        for value, tensor in zip(inputs, tensors, strict=True)
-        for dim, size in zip(value.shape, tensor.shape, strict=True)
-        if not isinstance(dim, int) and str(dim).isidentifier()
-    }
-
-
-def unknown_sizes(node: fx.Node) -> list[str]:
-    """Symbols in a value's shape that only contents decide."""
-    return sorted(map(str, free_unbacked_symbols(node.meta.get("val"))))
-
-
 def _export_once(
     model: nn.Module, arguments: Mapping[str, Any], batch: int | None, axes: Axes | None
 ) -> tuple[ExportedProgram, fx.GraphModule]:
@@ -356,26 +329,6 @@ def _export_once(
     with quiet():
         program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
     return functional(program)
-
-
-def _with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:
-    def resize(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == old:
-            return torch.cat([leaf] * new)
-        return leaf
-
-    return _pytree.tree_map(resize, arguments)
-
-
-def _one_more(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with their first item once more."""
-    batch = _tensors(arguments)[0].shape[0]
-
-    def longer(leaf: Any) -> Any:
-        rows = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
-        return torch.cat([leaf, leaf[:1]]) if rows else leaf
-
-    return _pytree.tree_map(longer, dict(arguments))
 
 
 def _first_place(reads: Mapping[Any, Read]) -> str:

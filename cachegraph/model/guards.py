@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sympy import And, Basic, Eq, Integer, Not, Or, Symbol
+from sympy import And, Basic, Integer, Not, Or, Symbol
 from sympy.core.relational import Relational
 from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes

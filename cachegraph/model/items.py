@@ -45,7 +45,10 @@ class Items:
 
     def part(self, arguments: Mapping[str, Any], number: int) -> dict[str, Any]:
         """The arguments of one item."""
-        return self._changed(arguments, lambda rows: rows[number : number + 1])
+        return self._changed(
+            arguments,
+            lambda rows: rows[number : number + 1] if len(rows) > 1 else rows,  # one for all items
+        )
 
     def with_first(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a batch with its first item once more."""
@@ -112,6 +115,28 @@ def two_items(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return _pytree.tree_map(leaf, value)
 
     return {name: argument(value) for name, value in arguments.items()}
+
+
+def with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:
+    """The arguments of a batch of one as those of a larger one."""
+
+    def resize(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == old:
+            return torch.cat([leaf] * new)
+        return leaf
+
+    return _pytree.tree_map(resize, arguments)
+
+
+def one_more(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with their first item once more."""
+    batch = _tensors(arguments)[0].shape[0]
+
+    def longer(leaf: Any) -> Any:
+        rows = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
+        return torch.cat([leaf, leaf[:1]]) if rows else leaf
+
+    return _pytree.tree_map(longer, dict(arguments))
 
 
 @torch.no_grad()

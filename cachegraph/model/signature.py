@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from cachegraph.spec import TensorSpec, shown
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "time_step")
 
-Tree = dict[str, Any]  # {"tensor": i} | {"const": v} | {"list"|"tuple": [...]} | {"dict": {...}}
+# {"tensor": i} | {"const": v} | {"list"|"tuple": [...]} | {"dict": {...}} | {"each": tree}, a list
+# of as many as the batch
+Tree = dict[str, Any]
 _CONSTANTS = (bool, int, float, str, type(None))
 _CONTAINER_SWITCH = "return_dict"  # diffusers: the same values in a tuple or in an object
 
@@ -89,6 +91,7 @@ class CallSignature:
                 raise SessionError(f"the call lacks {name!r}", expected=self.describe())
             if name == _CONTAINER_SWITCH:
                 self._check_container(traced, given.get(name))
+        self._check_lists(given, found[0])
         return [found[i] for i in range(len(self.inputs))]
 
     def unflatten(self, outputs: Sequence[Tensor], return_dict: bool | None = None) -> Any:
@@ -101,6 +104,15 @@ class CallSignature:
     def describe(self) -> str:
         """``(x: f32[s0, 4, 32, 32], t: i64[s0])``."""
         return "(" + ", ".join(f"{name}: {spec}" for name, spec in self.inputs) + ")"
+
+    def _check_lists(self, given: Mapping[str, Any], first: Tensor) -> None:
+        for name, tree in self.arguments.items():
+            if "each" in tree and len(given[name]) != len(first):
+                raise SessionError(
+                    f"argument {name} has not one value for each item of the batch",
+                    expected=f"{len(first)} values",
+                    found=shown(given[name]),
+                )
 
     def _check_container(self, traced: Tree | None, wanted: Any) -> None:
         """Refuse to make an object of a tuple, whose fields nobody knows."""
@@ -177,6 +189,7 @@ def make_signature(
     input_specs: Sequence[TensorSpec],
     out_spec: Any,
     outputs: Sequence[TensorSpec | None],
+    lists: Collection[str] = (),
 ) -> CallSignature:
     """Describe a traced call.
 
@@ -186,9 +199,15 @@ def make_signature(
         input_specs: of the graph's tensor inputs, in graph order.
         out_spec: the pytree spec of what ``forward`` returned.
         outputs: per returned leaf its spec, or None where the leaf is None.
+        lists: names of arguments that are a list of the same constant for each item of the batch.
     """
     counter = iter(range(len(input_specs) + 1))
-    trees = {name: _describe(name, value, counter) for name, value in arguments.items()}
+    trees = {
+        name: {"each": _describe(f"{name}[0]", value[0], counter)}
+        if name in lists
+        else _describe(name, value, counter)
+        for name, value in arguments.items()
+    }
     names = [name for name, tree in trees.items() for name in _tensor_names(name, tree)]
     return CallSignature(
         parameters=tuple(_parameters(forward, arguments)),
@@ -270,11 +289,17 @@ def _match(path: str, tree: Tree, value: Any, found: dict[int, Tensor]) -> None:
                 raise _other_form(path, f"a dict with the keys {sorted(children)}", value)
             for key, child in children.items():
                 _match(f"{path}.{key}", child, given[str(key)], found)
+        case {"each": child}:
+            _match_list(path, [child] * len(value) if isinstance(value, list) else [], value, found)
         case {"list": children} | {"tuple": children}:
-            if not isinstance(value, list | tuple) or len(value) != len(children):
-                raise _other_form(path, f"{len(children)} values", value)
-            for i, child in enumerate(children):
-                _match(f"{path}[{i}]", child, value[i], found)
+            _match_list(path, children, value, found)
+
+
+def _match_list(path: str, children: Sequence[Tree], value: Any, found: dict[int, Tensor]) -> None:
+    if not isinstance(value, list | tuple) or len(value) != len(children):
+        raise _other_form(path, f"{len(children)} values", value)
+    for i, child in enumerate(children):
+        _match(f"{path}[{i}]", child, value[i], found)
 
 
 def _match_constant(path: str, traced: Any, value: Any) -> None:
@@ -330,6 +355,8 @@ def fill(tree: Tree, outputs: Sequence[Tensor]) -> Any:
             return Output((k, fill(v, outputs)) for k, v in children.items())
         case {"dict": children}:
             return {k: fill(v, outputs) for k, v in children.items()}
+        case {"each": child}:
+            return [fill(child, outputs) for _ in range(len(outputs[0]))]
         case {"list": children}:
             return [fill(v, outputs) for v in children]
         case {"tuple": children}:

@@ -19,12 +19,13 @@ from cachegraph.spec import TensorSpec
 
 from .contents import Contents
 from .dynamic import checked_names
-from .export import CHECKS, Exported, export, symbols_of, unknown_sizes
+from .export import CHECKS, Exported, export
 from .items import Items
 from .lines import line_of_node
 from .signature import CallSignature, call_arguments, make_signature
 from .site import Site
 from .sites import find_sites
+from .sizes import symbols_of, unknown_sizes
 from .stack import find_stack
 from .state import unchanged
 from .wrapped import refuse_wrapped
@@ -125,6 +126,7 @@ def _finish(
         [TensorSpec.of(v) for v in inputs],
         program.call_spec.out_spec,
         outputs,
+        exported.lists,
     )
     first = signature.inputs[0][1].shape[0]  # a number where the batch is fixed
     sites = find_sites(module.graph)

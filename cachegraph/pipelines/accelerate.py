@@ -12,6 +12,7 @@ from torch import nn
 
 from cachegraph.backends import Progress, get_backend
 from cachegraph.errors import InputError, ModelError
+from cachegraph.model.dynamic import checked_names
 from cachegraph.schedule.schedule import Schedule, load_schedule
 
 from .denoiser import Denoiser, denoiser_of
@@ -32,6 +33,7 @@ def accelerate(
     backend: str = "inductor",
     out: str | Path | None = None,
     strict: bool = False,
+    dynamic: Sequence[str] = (),
     varying: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Pipe:
@@ -47,6 +49,9 @@ def accelerate(
         backend: what runs the graphs: ``inductor``, ``eager``, ``aoti``, ``onnx``, ``tensorrt``.
         out: folder to keep what is compiled in, and to look for it in.
         strict: refuse a call that cannot be cached, instead of running it uncached with a warning.
+        dynamic: sizes that one form may take many of, where the model allows it: ``height``,
+            ``width``, ``frames``, ``text``. Where it does not, a warning says the line, and each
+            size is a form of its own.
         varying: inputs that differ from step to step, beside the first one and the timestep.
         progress: is told what is being compiled; by default stderr is.
 
@@ -57,6 +62,7 @@ def accelerate(
         InputError: schedule, backend or pipeline cannot be used.
     """
     get_backend(backend)
+    checked_names(dynamic)
     asked, models = _loaded(schedule), _models(pipe)
     for model in models.values():
         refuse_hooks(model)
@@ -70,7 +76,7 @@ def accelerate(
     restore(pipe)
     for component, model in models.items():
         store = None if out is None else Store(Path(out))
-        forms = Forms(model, asked, backend, varying, progress or _say, store)
+        forms = Forms(model, asked, backend, varying, progress or _say, store, dynamic)
         Denoiser(pipe, component, forms, varying, strict).install()
     return pipe
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from cachegraph.artifact.artifact import Artifact
 from cachegraph.backends import AheadOfTime, Progress, get_backend
-from cachegraph.compiler.compile import assemble, build
+from cachegraph.compiler.compile import Build, assemble, build
 from cachegraph.errors import ScheduleError, SessionError
 from cachegraph.graph.weights import relink, stamp
+from cachegraph.model.dynamic import FixedSizeError
 from cachegraph.model.trace import TracedModel
 from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.session import Session
@@ -96,6 +97,7 @@ class Forms:
         varying: inputs that differ from step to step.
         progress: is told what is being done.
         store: where compiled loops are kept; None for nowhere.
+        dynamic: sizes that one form may take many of, where the model does.
     """
 
     def __init__(
@@ -106,10 +108,12 @@ class Forms:
         varying: Sequence[str],
         progress: Progress,
         store: Store | None = None,
+        dynamic: Sequence[str] = (),
     ) -> None:
         self.model, self.schedule, self.backend = model, schedule, backend
         self.compiled: list[Form] = []
-        self._varying, self._progress = tuple(varying), progress
+        self._varying, self._dynamic = tuple(varying), tuple(dynamic)
+        self._progress = progress
         self._found: dict[Key, Form] = {}
         self._structure: tuple[object, ...] = ()
         self._store = store
@@ -147,7 +151,8 @@ class Forms:
         words, name = in_words(arguments), ""
         if self._store is not None:
             weights = tensors_of(self.model)
-            made_from = (words, schedule.to_yaml(), self.backend, self._varying, self._structure)
+            how = (self.backend, self._varying, self._dynamic)
+            made_from = (words, schedule.to_yaml(), *how, self._structure)
             contents = contents_of(weights)
             name = name_of(self.model, steps, made_from=made_from, contents=contents)
             device = next(iter(weights.values())).device
@@ -158,15 +163,23 @@ class Forms:
         self._progress(f"compiling for {_shown(words, steps)}")
         self._warn_of_many(words, steps)
         with bare(self.model):
-            # Batches stay whole, and so bit for bit: another one is compiled for itself.
-            options: dict[str, Any] = {"varying": self._varying, "by_item": False}
-            built = build(self.model, schedule, (), arguments, traced=traced, **options)
+            built = self._build(schedule, arguments, traced)
         artifact = assemble(built, self.backend)
         if self._store is None:
             artifact.compile_ahead(progress=self._progress)
         else:
             self._store.keep(name, artifact, self._progress)
         return Form(words, steps, built.traced, artifact, artifact.runner())
+
+    def _build(self, schedule: Schedule, arguments: Arguments, traced: TracedModel | None) -> Build:
+        # Batches stay whole, and so bit for bit: another one is compiled for itself.
+        options: dict[str, Any] = {"varying": self._varying, "by_item": False, "traced": traced}
+        try:
+            return build(self.model, schedule, (), arguments, dynamic=self._dynamic, **options)
+        except FixedSizeError as error:
+            warnings.warn(f"each size is compiled for itself: {error}", stacklevel=2)
+        self._dynamic = ()
+        return build(self.model, schedule, (), arguments, **options)
 
     def _warn_of_many(self, words: Mapping[str, str], steps: int) -> None:
         count = len(self.compiled) + 1

@@ -20,14 +20,18 @@ from cachegraph.graph.binding import Binding
 from cachegraph.graph.interface import Interface, Role
 from cachegraph.graph.step_graph import CONSTANT, SLOT, Stage, StepGraph
 from cachegraph.graph.text import graph_text
-from cachegraph.model.signature import CallSignature
 from cachegraph.model.site import Site
+from cachegraph.model.trace import TracedModel
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.slot import ConstantKind, Slot
 from cachegraph.plan.variant import Variant
+from cachegraph.runtime.program import Program
+from cachegraph.spec import BATCH, SIZES
 
 from .fold import Folding
 from .picture import letters, plain_table
+
+_SHOWN = {*SIZES, "tokens"} - {BATCH}
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def view_build(built: Build, batch: int | None = None) -> View:
         symbols = {**traced.symbols, traced.batch: batch}
         cost = plan_cost(built.plan, built.graphs, traced.module, built.weights, symbols)
     texts = tuple(map(graph_text, built.graphs))
-    said = _batch_text(traced.signature, traced.batch, cost)
+    said = _sizes_text(traced, cost)
     return View(
         built.plan,
         cost,
@@ -140,7 +144,7 @@ def view_artifact(artifact: Artifact) -> View:
     program = artifact.program
     plan = program.plan
     graphs = tuple(_step_graph(artifact, plan, index) for index in range(len(plan.variants)))
-    said = _batch_text(program.signature, program.batch, program.cost)
+    said = _sizes_text(program, program.cost)
     interfaces = tuple(layout.interface for layout in program.variants)
     texts, prologues = artifact.texts, artifact.prologues
     return View(
@@ -231,9 +235,12 @@ def plan_data(view: View, model: str, schedule: str) -> dict[str, Any]:
     }
 
 
-def _batch_text(signature: CallSignature, batch: str | None, cost: PlanCost) -> str:
-    _, spec = signature.inputs[0]
-    return f"batch {'' if batch else 'fixed at '}{spec.sizes(cost.symbols)[0]}"
+def _sizes_text(of: TracedModel | Program, cost: PlanCost) -> str:
+    """The sizes that costs are of: ``batch 2, height 64 and width 64 of many``."""
+    _, spec = of.signature.inputs[0]
+    text = f"batch {'' if of.batch else 'fixed at '}{spec.sizes(cost.symbols)[0]}"
+    others = [f"{name} {cost.symbols[s]}" for s, name in of.names.items() if name in _SHOWN]
+    return text + (f", {' and '.join(others)} of many" if others else "")
 
 
 def _step_graph(artifact: Artifact, plan: Plan, index: int) -> StepGraph:
