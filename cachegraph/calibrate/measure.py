@@ -142,8 +142,7 @@ def run_calibrate(
     corrected = None if host is None else _load_host(host, steps, bound, goc_weight)
     if corrected is not None:
         steps = corrected.steps
-    steps = _STEPS if steps is None else steps
-    bound = _BOUND if bound is None else bound
+    steps, bound = (_STEPS if steps is None else steps), (_BOUND if bound is None else bound)
     _check_counts(steps, max_distance, trajectories)
     _check_sampler(model, sampler)
     run = digits_sampler(steps) if sampler is None else load_sampler(sampler)
@@ -158,8 +157,7 @@ def run_calibrate(
         progress=progress,
     )
     schedule = _schedule(measured, corrected, bound, goc_weight, source.name)
-    what = f"SmoothCache at bound {bound:g}" if host is None else Path(host).stem
-    what += "" if goc_weight is None else f" with GOC of weight {goc_weight:g}"
+    what = _title(host, bound, goc_weight)
     _write(schedule, out, f"{what}, calibrated on {source.name} over {measured.extent}")
     if plot is not None:
         plot_calibration(
@@ -220,6 +218,11 @@ def _check_sampler(model: str, sampler: str | None) -> None:
             remedy="give --sampler module:function, a function of the model and a seed that "
             "samples one trajectory",
         )
+
+
+def _title(host: str | None, bound: float, goc_weight: float | None) -> str:
+    title = f"SmoothCache at bound {bound:g}" if host is None else Path(host).stem
+    return title if goc_weight is None else f"{title} with GOC of weight {goc_weight:g}"
 
 
 def _write(schedule: Schedule, out: Path, what: str) -> None:
