@@ -125,6 +125,7 @@ _COMMANDS: tuple[tuple[Any, ...], ...] = (
         "cachegraph compile DiT-XL-2-256x256.pt --schedule fora-n3",
         "cachegraph compile digits -s mine.yaml -o fast.cgraph --backend eager",
         "cachegraph compile models:make_unet -s mine.yaml --input x=2,4,32,32:f32",
+        "cachegraph compile models:make_unet -s mine.yaml --dynamic height,width",
     ),
     (
         "plan",

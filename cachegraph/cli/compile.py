@@ -20,6 +20,7 @@ from .options import (
     ModelArgument,
     OutOption,
     SeedOption,
+    StaticOption,
     VaryingOption,
     argument,
     schedule_option,
@@ -57,9 +58,7 @@ def compile_model(
     ] = "inductor",
     arch: ArchOption = None,
     inputs: InputOption = None,
-    static_batch: Annotated[
-        bool, typer.Option("--static-batch", help="Fix the batch to that of the example inputs.")
-    ] = False,
+    static_batch: StaticOption = False,
     dynamic: DynamicOption = None,
     varying: VaryingOption = None,
     disable: DisableOption = None,
@@ -73,8 +72,8 @@ def compile_model(
 
     asked = _asked(schedules)
     _check(backend, disable or [], out)
-    name, (first, *_) = "-".join(asked), asked.values()
-    vary = [name.strip() for name in dynamic.split(",")] if dynamic else []
+    name, first = "-".join(asked), next(iter(asked.values()))
+    vary = dynamic.replace(" ", "").split(",") if dynamic else []
     how = _Options(backend, arch, inputs or [], static_batch, vary, varying or [], disable or [])
     with progress() as say:
         say("looking for what is there already")

@@ -90,6 +90,9 @@ VaryingOption = Annotated[
         help="An input that differs from step to step, beside the first one and the timestep.",
     ),
 ]
+StaticOption = Annotated[
+    bool, typer.Option("--static-batch", help="Fix the batch to that of the example inputs.")
+]
 DynamicOption = Annotated[
     str | None,
     typer.Option(

@@ -109,7 +109,9 @@ def refuse_fixed(program: ExportedProgram, axes: Axes | None) -> None:
     Raises:
         FixedSizeError: names the line that fixes it.
     """
-    for name, places in axes.named.items() if axes is not None else ():
+    if axes is None:
+        return
+    for name, places in axes.named.items():
         lines = [line_that_fixes(program, *place) for place in places]
         if None not in lines:
             size = axes.sizes[name]

@@ -123,8 +123,9 @@ def line_that_fixes(program: ExportedProgram, place: str, axis: int) -> str | No
     for guard in environment.guards:
         if _fixes(guard.expr, asked, sizes):
             frame = guard.sloc.framework_loc
-            known = isinstance(frame, traceback.FrameSummary)
-            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" if known else ""
+            if not isinstance(frame, traceback.FrameSummary):
+                return ""
+            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
     return None
 
 
