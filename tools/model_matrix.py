@@ -245,11 +245,12 @@ built small and with random weights. Each is compiled with FORA and compared, st
 the reference: the eager model under hooks, or the traced graph with its sites' values replaced
 (`graph`) where no module returns a value.
 
-**Batch.** `any`: one graph for every batch. `item by item`: the model fixes its batch (a loop over
-it, a list of one entry an item), but a plain call shows that items do not depend on one another; so
-one item is traced, and a call runs one after the other, each with what was kept of it. Results
-equal those of the batch but for rounding. With `dynamic_batch=False` the batch of the example is
-traced as it is.
+**Batch.** `any`: one graph for every batch; a list of one constant an item (`img_shapes`) is as
+long as the batch then, where a plain call shows that items do not depend on one another. `item by
+item`: the model fixes its batch (a loop over it, a list of one entry an item), but items do not
+depend on one another; so one item is traced, and a call runs one after the other, each with what
+was kept of it. Results equal those of the batch but for rounding. With `dynamic_batch=False` the
+batch of the example is traced as it is.
 
 **Numbers that a model reads.** Some models decide by masks, ids or lengths what they compute
 (`lengths.tolist()`, `text[mask]`). What is read is recorded in one plain call of the model and
@@ -272,7 +273,7 @@ def passes(row: Row) -> bool:
 def table(rows: Mapping[str, Row]) -> str:
     """A page about all rows."""
     good = sum(map(passes, rows.values()))
-    fixed = sum(passes(r) and r["batch"].startswith("fixed") for r in rows.values())
+    fixed = sum(passes(r) and _batch(r).startswith("fixed") for r in rows.values())
     onnx = sum(_is_small(r.get("onnx"), ONNX_TOLERANCE) for r in rows.values())
     lines = [
         _PAGE,
@@ -286,10 +287,17 @@ def table(rows: Mapping[str, Row]) -> str:
     for name, row in rows.items():
         sites = ", ".join(f"{count} {kind}" for kind, count in row.get("sites", {}).items())
         cells = [name, sites, _cell(row.get("error")), row.get("oracle", "")]
-        cells += [row.get("batch", "").partition(":")[0], _cell(row.get("onnx"))]
+        cells += [_batch(row), _cell(row.get("onnx"))]
         lines.append(f"| {' | '.join(cells)} |")
         notes += [f"- {name}: {text}" for text in _reasons(row)]
     return "\n".join([*lines, "", "## Reasons", "", *notes, ""])
+
+
+def _batch(row: Row) -> str:
+    """Which batches there are; none but the example's where every other one was refused."""
+    said, others = row.get("batch", "").partition(":")[0], row.get("batches", {}).values()
+    none = others and not any(_is_small(found, TOLERANCE) for found in others)
+    return "fixed by what the model takes" if said == "any" and none else said
 
 
 def _is_small(value: Any, limit: float) -> bool:

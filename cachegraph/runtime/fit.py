@@ -47,9 +47,10 @@ def misfit(
             return f"{found} ({words})", f"give all inputs the same {words}"
         if axis == 0 and program.batch is None:
             return found, "the batch is fixed: compile with example inputs of this size"
-        named = {*program.names.values()} & {*SIZES} or {"none"}
+        vary = [f"the {name}" for name in SIZES if name in program.names.values()]
+        but = f", but for {' and '.join(vary)}" if vary else ""
         return found, (
-            f"sizes are fixed, but for {' and '.join(sorted(named))}: compile with dynamic=... "
+            f"sizes are fixed{but}: compile with dynamic=... "
             f"(--dynamic {','.join(SIZES)}), or with example inputs of this size, an artifact for "
             "each, or pad the input where the model takes a mask"
         )

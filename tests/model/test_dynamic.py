@@ -150,7 +150,7 @@ def test_sizes_that_are_not_asked_for_stay_fixed() -> None:
     run.session(quiet=True)(**call(0, text=7), step=0)
     refused(
         lambda: run.session(quiet=True)(**call(0, height=12), step=0),
-        "but for batch and text",
+        "but for the batch and the text",
         "--dynamic",
     )
 
