@@ -44,7 +44,7 @@ def misfit(
         found = f"axis {axis} is {size} instead of {'another size' if wanted is None else wanted}"
         if isinstance(dim, str):
             words = re.sub(r"\w+", lambda word: program.names.get(word[0], word[0]), dim)
-            return f"{found} ({words})", f"give all inputs the same {words}"
+            return f"{found} ({dim})", f"give all inputs the same {words}"
         if axis == 0 and program.batch is None:
             return found, "the batch is fixed: compile with example inputs of this size"
         vary = [f"the {name}" for name in SIZES if name in program.names.values()]
