@@ -201,9 +201,10 @@ class _Attempt:
         """Lists of the same constant for each item, which are as long for another batch."""
         batch, found = batch_of(self.arguments), set[str]()
         for name, value in self.arguments.items():
-            if isinstance(value, list) and len(value) == batch and value.count(value[0]) == batch:
-                constant = not _tensors({name: value})
-                found |= {name} if constant else set()
+            if not isinstance(value, list) or len(value) != batch or _tensors({name: value}):
+                continue
+            if all(one == value[0] for one in value):
+                found.add(name)
         items = self._independent()[1] if found and self.runs else None
         return frozenset(found & {*items.lists} if items is not None else ())
 
