@@ -149,15 +149,17 @@ def symbol_names(
         axes: that vary beside it.
 
     Returns:
-        Symbol -> name: ``batch``, ``height``, or input and axis, such as ``img_ids_0``.
+        Symbol -> name: ``batch``, ``height``, or input and axis, such as ``axis0_img_ids``.
     """
     found = {batch: BATCH} if batch is not None else {}
     for name, places in axes.named.items() if axes is not None else ():
         for key, axis in places:
-            found.setdefault(str(inputs[key].shape[axis]), name)
+            symbol = str(inputs[key].shape[axis])
+            if symbol.isidentifier() and name not in found.values():
+                found.setdefault(symbol, name)
     for key, tensor in inputs.items():
         for axis, dim in enumerate(tensor.shape):
-            found.setdefault(str(dim), f"{re.sub(r'[^a-zA-Z0-9]+', '_', _plain(key))}_{axis}")
+            found.setdefault(str(dim), f"axis{axis}_{re.sub(r'[^a-zA-Z0-9]+', '_', _plain(key))}")
     return {symbol: name for symbol, name in found.items() if symbol.isidentifier()}
 
 

@@ -51,7 +51,7 @@ class TracedModel:
             the model; see :mod:`.conditions`.
         contents: of inputs, which the model reads: for others the graph is not the model.
         items: how a call is taken apart where the graph is of one item of the batch.
-        names: symbol -> what people call it: ``batch``, ``height``, or ``img_ids_0``.
+        names: symbol -> what people call it: ``batch``, ``height``, or ``axis0_img_ids``.
     """
 
     module: fx.GraphModule

@@ -107,7 +107,7 @@ class Program:
         disabled: names of exact optimisations that were left out.
         contents: of inputs, which the model reads: for others the graphs are not the model.
         items: how a call is taken apart where the graphs are of one item of the batch.
-        names: symbol -> what people call it: ``batch``, ``height``, or ``img_ids_0``.
+        names: symbol -> what people call it: ``batch``, ``height``, or ``axis0_img_ids``.
     """
 
     sites: tuple[Site, ...]

@@ -259,3 +259,20 @@ def test_an_artifact_keeps_names_and_conditions(tmp_path: Path) -> None:
     signed(path, lambda manifest: manifest["program"]["names"].update(s99="depth"))
     with pytest.raises(ArtifactError, match="sizes are called"):
         cg.load(path)
+
+
+class Twice(Painter):
+    """Of two texts, each of a length of its own."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_2: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t, torch.cat([text, text_2], 1))
+
+
+def test_two_texts_vary_by_themselves() -> None:
+    model, example = Twice().eval(), call(0)
+    found = trace(model, (), example | {"text_2": example["text"][:, :3]}, dynamic=["text"])
+    assert {*found.names.values()} == {"batch", "text", "axis1_text_2"}
+    session = cg.load(compile_traced(model, found, full(STEPS))).session(quiet=True)
+    other = call(0, text=9) | {"text_2": example["text"]}
+    with torch.no_grad():
+        assert relative_error(session(**other, step=0), model(**other)) < 1e-6
