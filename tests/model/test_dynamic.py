@@ -233,7 +233,7 @@ def test_a_fixed_batch_is_refused_where_it_has_to_vary() -> None:
 class Reads(Painter):
     """Cuts the text behind the longest that a mask lets pass."""
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         return super().forward(x, t, text[:, : int(mask.sum(1).max().item())])
 
 
@@ -264,7 +264,7 @@ def test_an_artifact_keeps_names_and_conditions(tmp_path: Path) -> None:
 class Twice(Painter):
     """Of two texts, each of a length of its own."""
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_2: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_2: Tensor) -> Tensor:
         return super().forward(x, t, torch.cat([text, text_2], 1))
 
 
