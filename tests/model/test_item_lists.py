@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cachegraph as cg
+from cachegraph.model.items import Items
 from cachegraph.model.trace import trace
 from tests.models import compile_traced, full, refused, relative_error
 
@@ -80,3 +81,10 @@ def test_a_list_whose_length_matters_stays_as_it_was() -> None:
     refused(
         lambda: run.session(quiet=True)(**call(3), step=0), "shapes has another form", "2 values"
     )
+
+
+def test_one_row_is_for_all_items() -> None:
+    items, x, t = Items(("x", "t"), ()), torch.rand(2, 3), torch.rand(1)
+    part = items.part({"x": x, "t": t}, 1)
+    assert torch.equal(part["x"], x[1:])
+    assert torch.equal(part["t"], t)
