@@ -327,6 +327,8 @@ def _export_once(
     shapes = _pytree.tree_map_with_path(dims, dict(arguments)) if vary else None
     # Export marks the tensors it is given as dynamic, and forgets to undo that where it fails.
     given = _pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, dict(arguments))
+    if axes is not None:  # strides of a view would be symbols that no shape tells
+        given = _pytree.tree_map_only(Tensor, Tensor.contiguous, given)
     with quiet():
         program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
     return functional(program)
