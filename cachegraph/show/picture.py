@@ -160,9 +160,9 @@ def summary(
     table.add_row("steps", f"{plan.steps}, {plan.full_steps()} of them full")
     table.add_row("sites", str(len(plan.sites)))
     table.add_row("FLOPs", f"{amount(cost.total_flops)} of {amount(full)} uncached, {batch}")
-    table.add_row("speed-up", f"at most {cost.limit:.2f}x, going by FLOPs")
     for what, text in notes:
         table.add_row(what, text)
+    table.add_row("speed-up", f"at most {cost.limit:.2f}x, going by FLOPs")
     table.add_row("cache", f"at most {size(peak)}{when}")
     if peak:
         table.add_row("history", _histories(plan))
