@@ -51,6 +51,7 @@ def test_fewer_rows_serve_both_halves() -> None:
     _, inputs = model.example_inputs(4)
     inputs["mask"][1, 3:] = 0
     inputs["mask"][3, 3:] = 0
+    inputs["fps"] = torch.tensor([24.0, 12.0, 24.0, 12.0])
     rows = {name: inputs[name][:2] for name in ("mask", "fps", "height", "width")}
     assert relative_error(model(**{**inputs, **rows}), model(**inputs)) < 1e-6
 
