@@ -152,8 +152,7 @@ def _kept(dependence: Dependence, source: fx.Node, node: fx.Node) -> tuple[fx.No
     if adds and not _is_mixture(dependence, source, node):
         # x + (attn(x) + mlp(x)): two sites
         return tuple(n for a in working for n in _kept(dependence, source, a))
-    if node.target in (aten.cat.default, aten.where.self):  # parts that got gates of their own
-        operands = operands[node.target is aten.where.self :]
+    if node.target is aten.cat.default:  # pieces that got gates of their own
         joined = {_kept(dependence, source, a) for a in operands}
         if len(joined) == 1 and len(pieces := joined.pop()) == 1:
             return pieces
