@@ -107,14 +107,3 @@ def test_full_size_flux_is_as_published() -> None:
         f"{count['uncached_flops'] / count['total_flops']:.2f}x",
     ):
         assert figure in page, figure
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["toca-opensora", "duca-opensora"])
-def test_full_size_opensora(schedule: str) -> None:
-    """2 s at 480p; no FLOPs are published."""
-    data = planned("STDiT3", schedule)
-    page = " ".join(PAGE.read_text().split())
-    assert f"{data['uncached_flops'] / 1e12:.1f} T" in page
-    assert f"{data['total_flops'] / 1e12:.1f} T with `{schedule}`" in page
-    assert f"a limit of {data['speed_up_limit']:.2f}" in page
