@@ -39,7 +39,7 @@ _FORBIDDEN = {
 # Keys of a ModuleDict need not be identifiers; rows of a weight have a name that says which.
 _WEIGHT_NAME = re.compile(r"(?!__)[\w -]+(\[\d+:\d+\])?")
 _MODULES = {"_operator": operator, "operator": operator, "math": math, "torch": torch}
-_FUNCTIONS = {  # beside aten: what export leaves for arithmetic on symbolic sizes
+FUNCTIONS = {  # beside aten: what export leaves for arithmetic on symbolic sizes
     "operator": {
         *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow"),
         *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
@@ -154,7 +154,7 @@ def _function_name(node: fx.Node) -> str:
         return str(target)
     if callable(target) and hasattr(target, "__name__"):
         module = str(getattr(target, "__module__", "")).removeprefix("_")
-        if target.__name__ in _FUNCTIONS.get(module, ()):
+        if target.__name__ in FUNCTIONS.get(module, ()):
             return f"{module}.{target.__name__}"
     raise ArtifactError(
         f"operation {target} cannot be written to an artifact",
@@ -177,7 +177,7 @@ def _function(name: str) -> Callable[..., Any]:
             found=f"torch {torch.__version__}",
             remedy="use the torch version named in the artifact's manifest",
         )
-    if rest in _FUNCTIONS.get(module, ()):
+    if rest in FUNCTIONS.get(module, ()):
         return getattr(_MODULES[module], rest)
     raise ArtifactError(f"a graph may not call {name!r}")
 
