@@ -64,7 +64,9 @@ def save_under(artifact: Artifact, place: Path, log: Path, options: Sequence[str
     if not child:
         os.close(go)
         try:
-            with suppress(OSError):  # this call is none of the save's, and may be the one that fails
+            with suppress(
+                OSError
+            ):  # this call is none of the save's, and may be the one that fails
                 os.read(ready, 1)  # until the watcher is there
             artifact.save(place)
         except CachegraphError:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,25 @@ _LARGEST = 2**28  # bytes: the graph of a very large model has a tenth of that
 _PICKLED = ("custom_obj_", "opaque_obj_")  # torch's names of files, whatever else is said of them
 _OPERATOR = re.compile(r"torch\.ops(\.(?!__)\w+){2,3}|torch\._?sym_\w+")
 _EXPRESSION = (ast.Call, ast.Name, ast.Constant, ast.keyword, ast.Load, ast.UnaryOp, ast.USub)
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Let torch open a program that was looked at first.
+
+    Raises:
+        ModelError: it is refused, or cannot be read.
+    """
+    refuse_code(path)
+    try:
+        with quiet("torch.export"):
+            yield
+    except Exception as error:
+        raise ModelError(
+            "not a readable torch.export program",
+            place=str(path),
+            found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+        ) from error
 
 
 def refuse_code(path: Path) -> None:
@@ -114,3 +135,15 @@ def _is_arithmetic(text: str) -> bool:
     return all(isinstance(node, _EXPRESSION) for node in nodes) and all(
         isinstance(function, ast.Name) and function.id[0].isupper() for function in called
     )
+
+
+@contextmanager
+def quiet(logger_name: str) -> Iterator[None]:
+    """Silence a library's log: what goes wrong is said once, in the error."""
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)  # disabling it would leave its children loud
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
