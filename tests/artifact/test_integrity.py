@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -95,6 +96,19 @@ def test_another_artifact_that_came_and_went_is_not_read(
     assert len(times) == 2
     for name, weight in compiled.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["is_file", "stat", "read_bytes", "read_text", "exists"])
+def test_what_the_disk_does_not_give_is_told(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, name, fail)
+    found = refusal(folder)
+    assert str(folder) in found
+    assert "Input/output error" in found
 
 
 def test_half_of_the_weights_zeroed(folder: Path) -> None:
