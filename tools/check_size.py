@@ -14,7 +14,7 @@ from pathlib import Path
 
 MAX_FILE = 400
 MAX_FUNCTION = 50
-MAX_PRODUCT = 35_300  # cachegraph and passes together
+MAX_PRODUCT = 35_400  # cachegraph and passes together
 # What each folder of the product may have, in lines; files beside them count for "cachegraph".
 BUDGETS = {
     "cachegraph": 930,
@@ -33,14 +33,14 @@ BUDGETS = {
     "oracle": 790,
     "diffusion": 200,
     "show": 1_400,
-    "calibrate": 780,
+    "calibrate": 790,
     "pipelines": 1_420,
     "bench": 1_130,
     "train": 1_490,
     "images": 1_150,
     "search": 1_790,
     "report": 620,
-    "cli": 1_990,
+    "cli": 2_010,
 }
 # From a model to what runs it.
 ENGINE = tuple(list(BUDGETS)[2:13])

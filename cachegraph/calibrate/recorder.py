@@ -44,14 +44,22 @@ class SiteRecorder(NamedBranches):
         model: in eval mode; it is not changed.
         steps: model calls per trajectory and branch.
         max_distance: the largest distance between steps to compare.
+        average: take directions from the mean over all trajectories, which is kept for every step.
         progress: told after every call.
     """
 
     def __init__(
-        self, model: nn.Module, steps: int, max_distance: int, progress: Progress | None = None
+        self,
+        model: nn.Module,
+        steps: int,
+        max_distance: int,
+        *,
+        average: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self._model, self._steps, self._distance = model, steps, max_distance
         self._say = progress or (lambda *_: None)
+        self._sums: list[_Values] | None = [{} for _ in range(steps)] if average else None
         self._traced: TracedModel | None = None
         self._graph: fx.GraphModule | None = None
         self._shapes: list[torch.Size] = []
@@ -110,7 +118,15 @@ class SiteRecorder(NamedBranches):
 
     def cosines(self) -> Tensor:
         """``(sites, steps)``, see the same."""
-        return self._cosines / self._measured
+        if self._sums is None:
+            return self._cosines / self._measured
+        found = torch.full_like(self._cosines, torch.nan)
+        for step in range(2, self._steps):
+            first, second, third = self._sums[step - 2 : step + 1]
+            for group, now in third.items():
+                before, last = second[group] - first[group], now - second[group]
+                found[list(group), step] = torch.cosine_similarity(last, before, dim=1).double()
+        return found
 
     def _begin(self, sites: int) -> None:
         after = torch.arange(self._steps)
@@ -145,6 +161,10 @@ class SiteRecorder(NamedBranches):
                 relative = torch.where(sizes > 0, change / sizes, (change > 0).double())
                 self._errors[sites, back, branch.step - back - 1] += relative
             mean = now.mean(1, dtype=torch.float64)
+            if self._sums is not None:
+                sums = self._sums[branch.step]
+                sums[group] = sums.get(group, 0) + mean.float().cpu()
+                continue
             if branch.step > 0:
                 change = mean - branch.mean[group]
                 if branch.step > 1:

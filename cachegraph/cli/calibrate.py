@@ -35,7 +35,20 @@ _Host = Annotated[
     ),
 ]
 _Goc = Annotated[
-    float | None, typer.Option(metavar="WEIGHT", help="Add a GOC correction of this weight.")
+    float | None,
+    typer.Option(
+        metavar="WEIGHT",
+        help="Add a GOC correction of this weight, at the steps where values keep their direction; "
+        "its publication types in 3, 5, 7 and 9 of 20.",
+    ),
+]
+_Average = Annotated[
+    bool,
+    typer.Option(
+        "--average",
+        help="For --goc: directions of the mean over all trajectories, as published over classes; "
+        "keeps every step's in memory.",
+    ),
 ]
 _Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw error against step.")]
 
@@ -50,6 +63,7 @@ def calibrate(
     distance: Annotated[int, typer.Option(min=1, help="The most steps between two values.")] = 3,
     schedule: _Host = None,
     goc: _Goc = None,
+    average: _Average = False,
     plot: _Plot = None,
     arch: ArchOption = None,
 ) -> None:
@@ -67,6 +81,7 @@ def calibrate(
             max_distance=distance,
             host=schedule,
             goc_weight=goc,
+            average=average,
             plot=plot,
             arch=arch,
             progress=say,

@@ -93,7 +93,7 @@ class _Remembering(Session):
 
 
 class Watched(NamedBranches, nn.Module):
-    """The uncached model, for a sampler; it sees how it is called.
+    """The uncached model, for a sampler; it sees how it is called. All else is the model's.
 
     Attributes:
         call: arguments of the first call.
@@ -104,11 +104,16 @@ class Watched(NamedBranches, nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.config = getattr(model, "config", None)
-        self.dtype = next(p.dtype for p in model.parameters())
+        self.dtype, self.device = next((p.dtype, p.device) for p in model.parameters())
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.calls: Counter[str] = Counter()
         self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -100,6 +100,24 @@ def test_cosines_are_those_of_the_mean_changes(measured: Calibration) -> None:
     assert np.nanmin(wanted) < np.nanmax(wanted) - 0.1
 
 
+def test_directions_of_the_mean_over_all_trajectories(measured: Calibration) -> None:
+    found = calibrate(tiny(), drift, STEPS, max_distance=DISTANCE, trajectories=3, average=True)
+    total: dict[str, Tensor] = {}
+    for seed in range(3):
+        with watched(tiny()) as seen, torch.no_grad():
+            drift(tiny(), seed)
+        for name in SITES:
+            means = torch.stack(seen[name]).double().mean(1).flatten(1)
+            total[name] = total.get(name, torch.zeros(())) + means
+    wanted = np.full((4, STEPS), np.nan)
+    for i, name in enumerate(SITES):
+        change = total[name].diff(dim=0)
+        wanted[i, 2:] = torch.cosine_similarity(change[1:], change[:-1], dim=1)
+    np.testing.assert_allclose(found.cosines.numpy(), wanted, rtol=1e-4)
+    assert np.nanmax(np.abs(wanted - measured.cosines.numpy())) > 0.01
+    assert torch.equal(found.errors.nan_to_num(), measured.errors.nan_to_num())
+
+
 def test_the_model_runs_as_it_is_and_is_not_changed() -> None:
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
