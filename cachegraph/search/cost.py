@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from cachegraph.model.trace import TracedModel
 from cachegraph.schedule.schedule import Schedule
 
 from .images import Sampler
-from .space import Family
+from .space import Candidate, Family, Way
 
 Progress = Callable[[str, int, int], object]
 _ROUNDS = 5
@@ -58,10 +58,10 @@ class StepCosts:
     places: dict[tuple[tuple[str, Any], ...], PlaceCost]
     factor: float = 1.0
 
-    def seconds(self, family: Family, count: int) -> float:
+    def seconds(self, family: Way, count: int) -> float:
         """Of a run with so many full steps."""
         cost = self.places[family.sites]
-        further = max(_values(family, count) - 2, 0)
+        further = max(family.values(count) - 2, 0)
         skipped = max(cost.skipped + further * cost.value, 0.0)
         steps = cost.once + count * cost.full + (self.steps - count) * skipped
         return self.factor * (self.around + steps)
@@ -95,17 +95,11 @@ class StepCosts:
             )
 
 
-def _values(family: Family, count: int) -> int:
-    """How many values a skipped step of the family uses."""
-    if family.basis in ("foca", "chebyshev"):
-        return min(4 if family.basis == "foca" else count, count)
-    return min((family.order or 0) + 1, count)
-
-
 def measure_costs(
     model: nn.Module,
     call: tuple[Sequence[Any], dict[str, Any]],
     families: Sequence[Family],
+    tokens: Sequence[Candidate],
     steps: int,
     around: float,
     backend: str,
@@ -117,6 +111,7 @@ def measure_costs(
         model: in eval mode.
         call: positional and other arguments, as the sampler calls the model.
         families: whose costs are wanted.
+        tokens: candidates of ToCa, whose costs are wanted too.
         steps: of a trajectory.
         around: seconds that a run spends outside of the model.
         backend: that is to run the schedule.
@@ -130,6 +125,10 @@ def measure_costs(
         for number, sites in enumerate(places)
         for order in (few, many)
     ]
+    shares = list({one.family.sites: one for one in tokens}.values())  # one of each share
+    entries += [
+        Entry(one.family.name, one.family.schedule(steps, one.full), backend) for one in shares
+    ]
     found = run_bench(model, *call, entries, rounds=_ROUNDS, progress=progress)
     costs = {}
     for number, sites in enumerate(places):
@@ -137,10 +136,12 @@ def measure_costs(
         (once, full, skipped), (_, other, deeper) = here
         value = (deeper - skipped) / (many - few)
         costs[sites] = PlaceCost(once, (full + other) / 2, skipped, value)
+    for one, measured in zip(shares, found[2 * len(places) :], strict=True):
+        costs[one.family.sites] = PlaceCost(*_parts(measured, one.full), value=0.0)
     return StepCosts(steps, around, costs)
 
 
-def _parts(one: Measured, full: Sequence[int]) -> tuple[float, float, float]:
+def _parts(one: Measured, full: Collection[int]) -> tuple[float, float, float]:
     skipped = [seconds for step, seconds in enumerate(one.steps) if step not in full]
     return one.prologue.median, median(one.steps[s] for s in full), median(skipped)
 

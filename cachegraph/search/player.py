@@ -198,9 +198,10 @@ def _keeping(program: Program) -> Program:
 
 def _prefixes(plan: Plan) -> list[int]:
     """For each step, a number that stands for all that was done up to it."""
-    found, last = [], hash(tuple((site.name, site.relative) for site in plan.sites))
+    sites = tuple((site.name, site.relative) for site in plan.sites)
+    found, last = [], hash((sites, plan.selection, plan.order_depth))
     for step, row in enumerate(plan.rows):
-        written = plan.variants[plan.variant_of[step]].writes
-        last = hash((last, row, written))
+        variant = plan.variants[plan.variant_of[step]]
+        last = hash((last, row, variant.writes, variant.extras))
         found.append(last)
     return found

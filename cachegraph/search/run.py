@@ -22,7 +22,7 @@ from .front import Point, plot_front
 from .images import Reference, Sampler, images_of, make_sampler
 from .player import Player, Watched
 from .search import Search
-from .space import Candidate, Family, families, starts
+from .space import Candidate, Family, Way, families, starts, token_candidates
 from .trials import Trials
 
 Progress = Callable[..., object]
@@ -183,10 +183,12 @@ def run_search(
     setting = _Setting(model, player, run, steps, watched, progress)
     reference = setting.references(seeds)
     choice = families(player.traced, ranges=budget.full_steps is None)
-    costs, counts = _counts(budget, setting, choice, around, backend, seeds[0])
+    tokens = token_candidates(player.traced, steps) if budget.full_steps is None else []
+    costs, counts = _counts(budget, setting, choice, tokens, around, backend, seeds[0])
     choice = [family for family in choice if counts[family]]
     found = Search(player, run, steps, seeds, reference, log, trials, random.Random(seed), progress)
-    best = found.run(choice, counts)
+    others = [] if costs is None else _affordable(tokens, costs, _seconds(budget, costs))
+    best = found.run(choice, counts, others)
     return _finish(setting, best, found, budget, costs, check, backend, out)
 
 
@@ -205,17 +207,18 @@ def _counts(
     budget: Budget,
     setting: _Setting,
     choice: Sequence[Family],
+    tokens: Sequence[Candidate],
     around: float,
     backend: str,
     seed: int,
-) -> tuple[StepCosts | None, dict[Family, int]]:
+) -> tuple[StepCosts | None, dict[Way, int]]:
     """How many full steps each family can have."""
     if budget.full_steps is not None:
         return None, dict.fromkeys(choice, budget.full_steps)
     watched = setting.watched
     call = watched.call or ((), {})
     costs = measure_costs(
-        watched.model, call, choice, setting.steps, around, backend, setting.progress
+        watched.model, call, choice, tokens, setting.steps, around, backend, setting.progress
     )
     seconds = _seconds(budget, costs)
     costs.check(choice, seconds)
@@ -229,6 +232,15 @@ def _counts(
     seconds = _seconds(budget, costs)
     costs.check(choice, seconds)
     return costs, {family: costs.most(family, seconds) for family in choice}
+
+
+def _affordable(
+    tokens: Sequence[Candidate], costs: StepCosts, seconds: float
+) -> Iterator[Candidate]:
+    """Of each share of tokens the candidate with the most full steps that the time allows."""
+    fitting = [one for one in tokens if costs.seconds(one.family, len(one.full)) <= seconds]
+    best = {one.family.sites: one for one in sorted(fitting, key=lambda one: len(one.full))}
+    yield from best.values()
 
 
 def _seconds(budget: Budget, costs: StepCosts) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .images import Reference, Sampler, images_of
 from .player import Player
-from .space import Candidate, Family, again, mutated, neighbours, same_cost, starts
+from .space import Candidate, Family, Way, again, mutated, neighbours, same_cost, starts
 from .trials import Trials
 
 Progress = Callable[[str, int, int], object]
@@ -56,21 +56,26 @@ class Search:
     asked: set[tuple[str, int]] = field(default_factory=set)
     idle: int = 0  # children that were none
 
-    def run(self, found: Sequence[Family], counts: dict[Family, int]) -> Candidate:
+    def run(
+        self, found: Sequence[Family], counts: dict[Way, int], others: Iterable[Candidate] = ()
+    ) -> Candidate:
         """The best candidate.
 
         Args:
             found: families to choose from.
             counts: how many full steps each can afford.
+            others: candidates whose full steps are not free, to be judged in the end.
         """
         leaders = self._halve(self._begin(found, counts))
         self.best = leaders[0]
         self._move(leaders[:2])
         self._breed(found, counts, leaders)
         self._move([self.best])
+        for one in others:
+            self._keep(one)
         return self.best
 
-    def _begin(self, found: Sequence[Family], counts: dict[Family, int]) -> list[Candidate]:
+    def _begin(self, found: Sequence[Family], counts: dict[Way, int]) -> list[Candidate]:
         """Every list of full steps in a few families, and every family with the best lists.
 
         A place to skip steps at that is far behind another is not looked at any further.
@@ -154,7 +159,7 @@ class Search:
             self._keep(best)
 
     def _breed(
-        self, found: Sequence[Family], counts: dict[Family, int], leaders: list[Candidate]
+        self, found: Sequence[Family], counts: dict[Way, int], leaders: list[Candidate]
     ) -> None:
         """Mix and mutate the best until no trajectories are left for it."""
         parents = [self.best, *leaders] if self.best is not None else leaders

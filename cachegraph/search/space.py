@@ -7,14 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachegraph.errors import InputError
 from cachegraph.methods.bases import BASES
 from cachegraph.model.site import SiteKind
 from cachegraph.model.trace import TracedModel
+from cachegraph.plan.action import Compute
+from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import FORMAT, Schedule, load_schedule
 
 _WARPS = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)  # full steps crowd at the end, or at the beginning
 _ORDERS = (0, 1, 2, 3)
 _MOVES = (-1, 1, -2, 2, -4, 4)
+_RATIOS = (0.05, 0.1, 0.2, 0.35)  # of tokens that a step recomputes
+_INTERVALS = range(2, 11)
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,53 @@ class Family:
         keys = {"cachegraph": FORMAT, "steps": steps, "policy": policy, "sites": sites}
         return load_schedule(keys)
 
+    def values(self, count: int) -> int:
+        """How many kept values a skipped step uses, after so many full steps."""
+        if self.basis in ("foca", "chebyshev"):
+            return min(4 if self.basis == "foca" else count, count)
+        return min((self.order or 0) + 1, count)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ToCa: steps that are not full recompute a share of the tokens; full ones are its own choice.
+
+    Attributes:
+        ratio: that share, of which ToCa makes one for each step, block and kind.
+        interval: between full steps, about.
+    """
+
+    ratio: float
+    interval: int
+
+    @property
+    def sites(self) -> tuple[tuple[str, Any], ...]:
+        """What its steps cost by: the share alone."""
+        return (("toca", (self.ratio,)),)
+
+    @property
+    def name(self) -> str:
+        """``toca 0.1 interval 3``."""
+        return f"toca {self.ratio:g} interval {self.interval}"
+
+    def schedule(self, steps: int, _full: Sequence[int] = ()) -> Schedule:
+        """The schedule; its full steps are its own."""
+        policy = {"method": "toca", "interval": self.interval, "fresh_ratio": self.ratio}
+        return load_schedule({"cachegraph": FORMAT, "steps": steps, "policy": policy})
+
+    def values(self, _count: int) -> int:
+        """How many kept values a site uses, as a forecast of first order does."""
+        return 2
+
+
+Way = Family | Tokens
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One schedule of a family."""
+    """One schedule: a way to skip steps, and the steps that are full."""
 
-    family: Family
+    family: Way
     full: tuple[int, ...]
 
     @property
@@ -82,6 +128,21 @@ def families(traced: TracedModel, *, ranges: bool) -> list[Family]:
             orders = (basis.order,) if basis.fits else orders
             found += [Family(sites, name, order) for order in orders]
         found.append(Family(sites, "lagrange", 0))
+    return found
+
+
+def token_candidates(traced: TracedModel, steps: int) -> list[Candidate]:
+    """ToCa with several shares of tokens and intervals; none for a model that it does not fit."""
+    found = []
+    for ratio in _RATIOS:
+        for interval in _INTERVALS:
+            family = Tokens(ratio, interval)
+            try:
+                rows = plan_of(family.schedule(steps), traced).rows
+            except InputError:
+                return []
+            full = [s for s, row in enumerate(rows) if all(isinstance(a, Compute) for a in row)]
+            found.append(Candidate(family, tuple(full)))
     return found
 
 
@@ -160,6 +221,6 @@ def mutated(
     return Candidate(family, tuple(sorted(full)[:count]))
 
 
-def same_cost(found: Sequence[Family], one: Family) -> Iterator[Family]:
+def same_cost(found: Sequence[Family], one: Way) -> Iterator[Family]:
     """The families that rule the same sites."""
     yield from (family for family in found if family.sites == one.sites)

@@ -85,7 +85,10 @@ def sinusoids(t: Tensor) -> Tensor:
     """Cosines, then sines ``(B, 256)`` of numbers ``(B,)`` at geometrically spaced frequencies."""
     half = FREQUENCIES // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angle = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponent)
+    # The exponential of float32 differs in its last bit from one processor to the next, which a
+    # timestep of 999 makes larger than all that a model rounds; that of float64, rounded, does not.
+    frequency = torch.exp((-math.log(MAX_PERIOD) * exponent).double()).float()
+    angle = t[:, None].float() * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

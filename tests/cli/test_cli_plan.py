@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cachegraph import cli
 from cachegraph.compiler.sources import FORMS
 from cachegraph.show.picture import amount
 from cachegraph.show.view import choices
@@ -50,6 +52,17 @@ def test_variants_that_do_not_differ() -> None:
     line = ("inspect", *TINY, "-s", "toca.yaml", "--diff", "variant1")
     assert printed(*line, "variant1") == "variant1 and variant1 do not differ\n"
     assert printed(*line, "variant0").startswith("--- variant1\n+++ variant0\n")
+
+
+@pytest.mark.parametrize("line", ["plan", "inspect --diff variant0 variant1", "inspect --sites"])
+def test_nothing_is_wider_than_the_terminal(line: str) -> None:
+    command, *rest = line.split()
+    terminal = {"COLUMNS": "60", "TERM": "xterm", "FORCE_COLOR": "1"}
+    args = [command, *TINY, "-s", "toca.yaml", *rest]
+    shown = CliRunner().invoke(cli.app, args, env=terminal)
+    assert shown.exit_code == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout).splitlines()
+    assert 50 < max(map(len, lines)) <= 60
 
 
 def test_small_totals_of_the_counter_can_be_read() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from cachegraph.images.sampler import Labels, Sampler
 from cachegraph.images.source import Asked, drawing_of
 from cachegraph.world import World
 from cachegraph.zoo.dit import DiT
+from tests.processes import command, killed_when
 
 CPU = torch.device("cpu")
 SAMPLER = Sampler(Process.of(3), "ddpm", 1.5, (3, 4, 4), Labels("y", 10), seed=5)
@@ -164,25 +164,28 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def command(*words: str, processes: int = 1) -> str:
-    line = [sys.executable, "-m"]
-    if processes > 1:  # torchrun would take --num for an option of its own but for the two dashes
-        line += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        line += ["-m", "--"]
-    done = subprocess.run(
-        [*line, "cachegraph", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_processes_make_the_file_that_one_makes(tmp_path: Path, artifact: Path) -> None:
     asked = ("sample", str(artifact), "--num", "9", "--per-call", "2", "--num-classes", "10")
     two = tmp_path / "two.npz"
-    command(*asked, "--batch-size", "2", "-o", str(two), processes=2)
+    command(*asked, "--batch-size", "2", "-o", two, processes=2)
     one = tmp_path / "one.npz"
-    assert "one.npz: 9 images" in command(*asked, "-o", str(one))
+    assert "one.npz: 9 images" in command(*asked, "-o", one)
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_is_the_same_file(tmp_path: Path, artifact: Path) -> None:
+    asked = ("sample", str(artifact), "--num", "60", "--batch-size", "2", "--num-classes", "10")
+    command(*asked, "-o", tmp_path / "whole.npz")
+    out = tmp_path / "broken.npz"
+    parts = out.with_name(f"{out.name}.parts")
+    for count in sorted(random.Random(0).sample(range(1, 29), 5)):
+        killed_when(
+            lambda count=count: len(list(parts.glob("[0-9]*.npz"))) >= count, *asked, "-o", out
+        )
+        assert not out.exists()
+    command(*asked, "-o", out)
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_texts_take_the_place_of_classes(tmp_path: Path, artifact: Path) -> None:

@@ -159,6 +159,8 @@ def test_searching_a_folded_module(opened: Callable[..., Any]) -> None:
     page.click("#results button >> nth=0")
     found = page.inner_text("tr.found")
     assert "aten.linear" in found
+    page.fill("#query", "blocks.3.norm1")  # a module without weights is in no operation's text
+    assert "1 operation" in page.inner_text("#results tbody tr >> nth=0")
     page.fill("#query", "nothing like it")
     assert page.inner_text("#results tbody").count("not in it") == 3
 

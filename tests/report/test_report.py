@@ -16,6 +16,7 @@ import cachegraph as cg
 from cachegraph.artifact.load import load_artifact
 from cachegraph.compiler.compile import build
 from cachegraph.errors import ArtifactError, InputError
+from cachegraph.plan.action import sources
 from cachegraph.report.data import SCHEMA, Extras, report_data
 from cachegraph.report.figures import read_figures
 from cachegraph.report.page import page
@@ -58,6 +59,7 @@ def test_every_cell_says_what_its_action_says() -> None:
             cell = plan["cells"][plan["rows"][step][site]]
             assert cell["action"] == type(action).__name__.lower()
             assert cell.get("tokens") == getattr(action, "tokens", None)
+            assert cell.get("from", []) == list(sources(action))
     assert sorted(i for group in plan["groups"] for i in group["sites"]) == list(range(8))
 
 

@@ -23,8 +23,17 @@ from cachegraph.search.front import Point, front
 from cachegraph.search.images import Reference, images_of
 from cachegraph.search.player import Player
 from cachegraph.search.run import CHECKED, Budget, Found, run_search
-from cachegraph.search.space import Candidate, Family, families, mutated, neighbours, starts
-from tests.models import compile_traced
+from cachegraph.search.space import (
+    Candidate,
+    Family,
+    Tokens,
+    families,
+    mutated,
+    neighbours,
+    starts,
+    token_candidates,
+)
+from tests.models import compile_traced, shared_dit, tiny_dit
 from tests.tiny import call, long_drift, tiny, traced
 
 STEPS = 8  # of long_drift
@@ -96,6 +105,69 @@ def test_families_are_those_that_fit() -> None:
     assert places == {STACK, (("kinds", ("attn", "mlp")),)}
     assert {family.basis for family in found} >= {"lagrange", "foca", "chebyshev", "adams"}
     assert all(family.schedule(STEPS, (0, 2, 5)) for family in found)
+
+
+def test_tokens_are_chosen_where_toca_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = token_candidates(shared_dit()[1], STEPS)
+    keys = [one.key for one in found]
+    assert "toca 0.1 interval 2: 0 1 3 5 7" in keys
+    assert len(set(keys)) == len(keys) == 36
+    other = {"cachegraph": 1, "steps": STEPS, "sites": {"kinds": ["cross_attn"]}}
+    other |= {"policy": {"method": "fora", "interval": 3}}
+    monkeypatch.setattr(Tokens, "schedule", lambda *_: load_schedule(other))
+    assert token_candidates(shared_dit()[1], STEPS) == []  # it has no such sites
+
+
+def dit_drift(model_fn: Any, seed: int) -> Tensor:
+    """As ``long_drift``, with a DiT."""
+    noise = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(1, 4, 8, 8, generator=noise), torch.tensor([3])
+    for step in range(STEPS):
+        x = x - 0.2 * model_fn(x, torch.full((1,), 900 - 100 * step), y)[:, :4]
+    return x
+
+
+def dit() -> nn.Module:
+    return tiny_dit()
+
+
+def test_tokens_are_recomputed_as_in_an_artifact() -> None:
+    schedule = Tokens(0.35, 3).schedule(STEPS)
+    model, made = shared_dit()
+    args = torch.zeros(1, 4, 8, 8), torch.zeros(1).long(), torch.tensor([3])
+    runner = Player(model, args, {}).runner(schedule, 1)
+    wanted = dit_drift(cg.load(compile_traced(model, made, schedule)), 1)
+    assert torch.equal(dit_drift(runner, 1), wanted)
+
+
+@pytest.mark.parametrize(("partial", "tokens"), [(0.0, True), (0.65, False)])
+def test_tokens_win_where_they_are_closer_in_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partial: float, tokens: bool
+) -> None:
+    """Other steps skip for 0.6 s: in 5.1 s a forecast has one full step, ToCa five or none."""
+    cost = PlaceCost(0.0, 1.0, 0.6, 0.0)
+
+    def costs(
+        _model: Any, _call: Any, choice: list[Any], others: list[Candidate], steps: int, *_: Any
+    ) -> StepCosts:
+        places = {family.sites: cost for family in choice}
+        places |= {one.family.sites: replace(cost, skipped=partial) for one in others}
+        return StepCosts(steps, 0.0, places)
+
+    monkeypatch.setattr(running, "measure_costs", costs)
+    monkeypatch.setattr(running, "time_run", lambda *_: 1.0 + 7 * 0.6)
+    given: dict[str, Any] = {"trials": 12, "noises": 1, "check": 1, "progress": lambda *_: None}
+    module = "tests.search.test_search"
+    found = run_search(
+        f"{module}:dit",
+        tmp_path / "a.yaml",
+        Budget(seconds=5.2),
+        sampler=f"{module}:dit_drift",
+        steps=STEPS,
+        **given,
+    )
+    assert (found.schedule.policy.method == "toca") == tokens
+    assert found.judged[0].full_steps == (5 if tokens else 1)
 
 
 @pytest.mark.parametrize(("steps", "count"), [(50, 10), (50, 1), (8, 3), (5, 5), (20, 19)])
@@ -197,8 +269,11 @@ def test_a_time_becomes_full_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """1 s a full step and 0.1 s a skipped one: in 4 s, 3 of 8; on a machine half as fast, 1."""
     cost = PlaceCost(0.0, 1.0, 0.1, 0.0)
 
-    def costs(_model: Any, _call: Any, choice: list[Family], steps: int, *_: Any) -> StepCosts:
-        return StepCosts(steps, 0.0, {family.sites: cost for family in choice})
+    def costs(
+        _model: Any, _call: Any, choice: list[Family], tokens: Any, steps: int, *_: Any
+    ) -> StepCosts:
+        everyone = [*choice, *(one.family for one in tokens)]
+        return StepCosts(steps, 0.0, {family.sites: cost for family in everyone})
 
     monkeypatch.setattr(running, "measure_costs", costs)
     for factor, full in ((1.0, 3), (2.0, 1)):

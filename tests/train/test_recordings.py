@@ -116,21 +116,24 @@ def test_straight_through_is_as_recorded() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["harmonica_train_t10", "harmonica_train_t10_l0", "harmonica_train_t6_lr1", "l2c_train_t20"],
-)
+@pytest.mark.parametrize("name", ["harmonica_train_t10", "harmonica_train_t6_lr1", "l2c_train_t20"])
 def test_training_is_as_recorded(name: str) -> None:
+    errors = Recording(name).ours()
+    assert max(errors.values()) <= 1, errors
+
+
+@pytest.mark.slow
+def test_training_without_l1_is_as_recorded() -> None:
     """Within what is allowed, or as near as the plain loop comes on this machine.
 
-    The recorded machine rounds the frequencies of the timesteps otherwise, which a learning rate
-    of 1, for one, makes larger than what is allowed.
+    Without l1 the loss is lambda times an error, and lambda may be ten times as far off as a loss:
+    it is the mean square of small differences between images.
     """
-    recording = Recording(name)
+    recording = Recording("harmonica_train_t10_l0")
     ours, plain = recording.ours(), recording.plain()
     for what, error in plain.items():
         assert ours[what] <= max(1.0, 1.25 * error), (what, ours, plain)
-    assert ours.get("lambda", 0) <= 1
+    assert ours["lambda"] <= 1
 
 
 @pytest.mark.parametrize("name", ["harmonica_train_t10", "l2c_train_t20"])
