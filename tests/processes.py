@@ -30,6 +30,6 @@ def killed_when(reached: Callable[[], bool], *words: str | Path) -> None:
         try:
             while process.poll() is None and not reached():
                 time.sleep(0.005)
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.poll() is None, f"it ended by itself: {process.returncode}"
         finally:
             process.kill()

@@ -175,11 +175,12 @@ def test_processes_make_the_file_that_one_makes(tmp_path: Path, artifact: Path) 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_the_same_file(tmp_path: Path, artifact: Path) -> None:
-    asked = ("sample", str(artifact), "--num", "60", "--batch-size", "2", "--num-classes", "10")
+    asked = ("sample", str(artifact), "--num", "1200", "--num-classes", "10")
     command(*asked, "-o", tmp_path / "whole.npz")
+    asked += ("--batch-size", "16")
     out = tmp_path / "broken.npz"
     parts = out.with_name(f"{out.name}.parts")
-    for count in sorted(random.Random(0).sample(range(1, 29), 5)):
+    for count in sorted(random.Random(0).sample(range(1, 70), 5)):
         killed_when(
             lambda count=count: len(list(parts.glob("[0-9]*.npz"))) >= count, *asked, "-o", out
         )
