@@ -55,7 +55,8 @@ def own_cache(name: str) -> Path:
         InputError: it cannot be made, or somebody else may write to it.
     """
     folder = make_folder(cache_folder(name))
-    state = folder.stat()
+    with writing(folder):
+        state = folder.stat()
     if os.name == "posix" and (state.st_uid != os.geteuid() or state.st_mode & stat.S_IWOTH):
         raise InputError(
             "others may write to the folder of compiled code, which is run",
@@ -95,9 +96,8 @@ def make_folder(folder: Path, remedy: str = "set CACHEGRAPH_CACHE to a folder of
     Raises:
         InputError: it cannot be made or written to.
     """
-    found = _problem(folder)
     try:
-        if not found:
+        if not (found := _problem(folder)):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         found = error.strerror or repr(error)
@@ -119,11 +119,18 @@ def refuse_foreign(target: Path, mark: str, what: str) -> None:
     Raises:
         ArtifactError: ``target`` exists without that file, or cannot be made.
     """
-    if os.path.exists(target):  # unlike Path.exists, no error where one may not look
-        if not (target / mark).is_file():
-            what = f"the output exists and is no {what}"
-            raise ArtifactError(what, place=str(target), remedy="choose another path or remove it")
-    elif found := _problem(target.parent):
+    found, foreign = "", False
+    try:
+        if _is_there(target):
+            foreign = not (target / mark).is_file()
+        else:
+            found = _problem(target.parent)
+    except OSError as error:
+        found = error.strerror or repr(error)
+    if foreign:
+        what = f"the output exists and is no {what}"
+        raise ArtifactError(what, place=str(target), remedy="choose another path or remove it")
+    if found:
         raise ArtifactError(
             "the output cannot be written", place=str(target), found=found, remedy=_ANOTHER
         )
@@ -164,7 +171,7 @@ def written_whole(target: Path) -> Iterator[Path]:
             "not enough memory to write the output", place=str(target), remedy=_NO_MEMORY
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 @contextmanager
@@ -202,7 +209,17 @@ def replaced(path: Path) -> Iterator[Path]:
             _sync_path(partial)
             os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something, as far as one may look; that no disk could say is no answer."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    return True
 
 
 def _problem(folder: Path) -> str:
@@ -236,7 +253,13 @@ def _sweep(target: Path) -> None:
             path.rename(target)
         else:
             _log.warning("removing what an interrupted process left: %s", path)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as that can be done; the next writer finds what is left of it."""
+    with suppress(OSError):  # rmtree ignores most errors, but not that of fstat
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lives(process: int) -> bool:
@@ -288,7 +311,7 @@ def _swap(partial: Path, target: Path) -> None:
                 with suppress(OSError):
                     old.rename(target)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         else:
             with suppress(FileNotFoundError):
                 old.rename(partial)

@@ -14,6 +14,7 @@ from torch import fx
 from cachegraph.errors import SiteError
 from cachegraph.graph import ops
 from cachegraph.graph.step_graph import ORIGIN, Origin, StepGraph
+from cachegraph.model.structure import shape_of
 
 aten = torch.ops.aten
 
@@ -132,9 +133,10 @@ class _Region:
     def _rule(self, node: fx.Node) -> tuple[Any, int]:
         """Arguments of the copy and its token axis."""
         target: Any = node.target
-        args: Any = fx.node.map_arg(node.args, self._copy_of)
         if target in _POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
-            return args, self._pointwise(node)
+            axis = self._pointwise(node)
+            return fx.node.map_arg(node.args, self._copy_of), axis
+        args: Any = fx.node.map_arg(node.args, self._copy_of)
         rule = _RULES.get(target)
         if rule is None:
             raise self.refusal(node, "is not known to treat tokens one by one")
@@ -152,8 +154,12 @@ class _Region:
         axis = axes.pop()
         for other in node.all_input_nodes:
             at = axis - (rank - _rank(other))
-            if other not in self.copies and at >= 0 and _shape(other)[at] != 1:
+            if other in self.copies or at < 0 or _shape(other)[at] == 1:
+                continue
+            # What each sample has for each token, such as whether it is given, is gathered too.
+            if at != 1 or _rank(other) != 3 or shape_of(other)[0] != shape_of(node)[0]:
                 raise self.refusal(node, f"takes {other.name}, which has a token axis of its own")
+            self.copies[other] = self._gathered(other), axis
         return axis
 
     def tokens(self) -> fx.Node:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cachegraph import folders
-from cachegraph.errors import ArtifactError, InputError
+from cachegraph.errors import ArtifactError, CachegraphError, InputError
 from cachegraph.folders import (
     cache_folder,
     is_as_recorded,
@@ -83,6 +87,55 @@ def test_what_was_lost_before_the_swap_is_an_error(tmp_path: Path) -> None:
     ):
         folder.rmdir()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def written(target: Path) -> None:
+    """As an artifact is."""
+    refuse_foreign(target, "mark", "artifact")
+    with written_whole(target) as folder:
+        (folder / "within").mkdir()
+        (folder / "mark").write_text("new")
+
+
+def test_whichever_look_at_a_file_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says it, and what lies there is whole."""
+    target, left, asked, failing = tmp_path / "out", set(), 0, 0
+
+    def looks(real: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def look(*arguments: Any, **options: Any) -> os.stat_result:
+            nonlocal asked
+            asked += 1
+            if asked == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*arguments, **options)
+
+        return look
+
+    while failing <= asked:
+        target.mkdir(exist_ok=True)
+        (target / "mark").write_text("old")
+        failing, asked = failing + 1, 0
+        with monkeypatch.context() as patch:
+            for name in ("stat", "lstat", "fstat"):
+                patch.setattr(os, name, looks(getattr(os, name)))
+            with suppress(CachegraphError):
+                written(target)
+        left.add((target / "mark").read_text())
+    assert failing > 10
+    assert left == {"old", "new"}
+
+
+def test_what_no_disk_could_tell_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").touch()
+
+    def fail(*_: object, **__: object) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(ArtifactError, match="cannot be written; found Input/output error"):
+        refuse_foreign(tmp_path, "mark", "artifact")
 
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,15 @@ def test_a_size_is_arithmetic_and_never_run(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "expression", ["1**65", "9**9**9**9", "s0**-1", "9**63", "Max(s0, 9**21)", "s0" + "+s0" * 999]
+)
+def test_sizes_are_bounded(expression: str) -> None:
+    """Numbers that nobody has time or memory for are not worked out."""
+    with pytest.raises(ValueError, match="not a size: a"):
+        evaluate(expression, {"s0": 2})
+
+
 def test_spec_text_of_recorded_values() -> None:
     pair = (torch.zeros(2, 3), [torch.zeros((), dtype=torch.int64)])
     assert spec_text(pair) == "(f32[2, 3], (i64[]))"

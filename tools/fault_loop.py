@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def save_under(artifact: Artifact, place: Path, log: Path, options: Sequence[str
     if not child:
         os.close(go)
         try:
-            os.read(ready, 1)  # until the watcher is there
+            with suppress(
+                OSError
+            ):  # this call is none of the save's, and may be the one that fails
+                os.read(ready, 1)  # until the watcher is there
             artifact.save(place)
         except CachegraphError:
             os._exit(2)

@@ -6,7 +6,9 @@
 #     bash tools/test_versions.sh torch==2.13.0 pydantic==2.10.0 # these, each in a venv of its own
 #
 # All else is as constraints.txt says. BASE names a site-packages folder whose packages are used
-# where a venv has none of its own, so that a venv for pydantic need not hold torch.
+# where a venv has none of its own, so that a venv for pydantic need not hold torch. VENVS names a
+# folder where the venvs stay, so that what failed is tried again without installing; TESTS names
+# the tests to try in place of all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
@@ -14,6 +16,7 @@ python=${PYTHON:-python3}
 base=${BASE:-$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+venvs=${VENVS:-$scratch}
 
 wanted=("$@")
 if [ $# -eq 0 ]; then
@@ -26,13 +29,17 @@ for one in "${wanted[@]}"; do
     typer*) tests=(tests/cli) ;;
     *) tests=(tests/model tests/graph tests/plan tests/passes tests/runtime) ;;
     esac
+    [ -z "${TESTS:-}" ] || read -ra tests <<< "$TESTS"
     echo "== $one"
-    "$python" -m venv "$scratch/venv"
-    echo "$base" > "$scratch/venv/$(cd "$scratch/venv" && echo lib/python3*/site-packages)/zz_base.pth"
-    "$scratch/venv/bin/python" -m pip install --quiet "$one"
-    "$scratch/venv/bin/python" -m pytest -q -W ignore::DeprecationWarning "${tests[@]}" ||
+    venv=$venvs/$one
+    if [ ! -d "$venv" ]; then
+        "$python" -m venv "$venv"
+        echo "$base" > "$venv/$(cd "$venv" && echo lib/python3*/site-packages)/zz_base.pth"
+        "$venv/bin/python" -m pip install --quiet "$one"
+    fi
+    "$venv/bin/python" -m pytest -q -W ignore::DeprecationWarning "${tests[@]}" ||
         failed+=("$one")
-    rm -rf "$scratch/venv"
+    rm -rf "${scratch:?}/$one"
 done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed with ${failed[*]}"

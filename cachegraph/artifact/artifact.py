@@ -7,6 +7,7 @@ the remains of an interrupted save.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import weakref
@@ -308,7 +309,7 @@ class Artifact:
         with written_whole(target) as partial:
             self._write(partial, progress, origin)
         compiled = target / COMPILED / self.backend
-        if compiled.is_dir():
+        if os.path.isdir(compiled):  # no error: it is saved
             self.compiled[self.backend] = compiled
             self.saved[target] = digest_in(target)
         return target

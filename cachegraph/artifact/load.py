@@ -29,6 +29,7 @@ from .manifest import (
     plan_file,
     read_file,
     read_manifest,
+    reading,
     stamp_in,
 )
 from .origin import Origin
@@ -111,8 +112,9 @@ def load_artifact(
         tries += 1
         stamp = stamp_in(folder)
         try:
-            found = _read(folder, read_manifest(folder), place, verify)
-        except (ArtifactError, OSError):
+            with reading(folder):
+                found = _read(folder, read_manifest(folder), place, verify)
+        except ArtifactError:
             if stamp_in(folder) == stamp:
                 raise
             continue  # another artifact has taken its place while it was read
@@ -176,12 +178,13 @@ def is_made_from(path: str | Path, origin: Origin) -> bool:
     """True where a folder holds the very artifact that was made from this, to the last byte."""
     folder = Path(path)
     try:
-        manifest = read_manifest(folder)
-        if manifest.made_from != origin.digest:
-            return False
-        for name, record in manifest.files.items():
-            read_file(folder, name, record)
-        verify_weights(folder / WEIGHTS_FILE, manifest.weights)
+        with reading(folder):
+            manifest = read_manifest(folder)
+            if manifest.made_from != origin.digest:
+                return False
+            for name, record in manifest.files.items():
+                read_file(folder, name, record)
+            verify_weights(folder / WEIGHTS_FILE, manifest.weights)
     except ArtifactError:
         return False
     found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}

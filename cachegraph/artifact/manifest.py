@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,6 +166,23 @@ def read_file(folder: Path, name: str, expected: FileRecord) -> bytes:
         found=instead or found,
         remedy=remedy or "compile the artifact again",
     )
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """What the disk does not give is told with its path.
+
+    Raises:
+        ArtifactError: a file cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            "the artifact cannot be read",
+            place=str(error.filename or folder),
+            found=error.strerror or str(error),
+        ) from error
 
 
 def plan_file(name: str) -> str:

@@ -162,7 +162,9 @@ def verify(
     artifact: Annotated[Path, argument("ARTIFACT", f"What compile wrote. {CODE}")],
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", show_default=False, help="The model that it was made from."),
+        typer.Option(
+            "--model", metavar="MODEL", show_default=False, help="The model that it was made from."
+        ),
     ] = None,
     integrity: Annotated[
         bool, typer.Option("--integrity", help="Look at the artifact alone; needs no model.")

@@ -49,6 +49,7 @@ MaybeSchedule = Annotated[
 ArchOption = Annotated[
     str | None,
     typer.Option(
+        "--arch",  # typer 0.27 makes --ARCH of a metavar that is the name
         metavar="ARCH",
         help="Architecture of a weights file, where its tensors do not tell: DiT-XL/2, or "
         "DiT(num_heads=4).",
@@ -111,7 +112,9 @@ WhatArgument = Annotated[
 ]
 VariantOption = Annotated[
     str | None,
-    typer.Option(metavar="VARIANT", help="Show this variant's graph with its provenance."),
+    typer.Option(
+        "--variant", metavar="VARIANT", help="Show this variant's graph with its provenance."
+    ),
 ]
 DiffOption = Annotated[
     tuple[str, str] | None,

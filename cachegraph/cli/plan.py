@@ -108,7 +108,9 @@ def show_plan(
     ] = None,
     counter: Annotated[
         Literal["torch", "toca"],
-        typer.Option(help="Whose FLOPs: torch's counter, or the rule of ToCa's code for DiT."),
+        typer.Option(
+            help="Whose FLOPs: torch's counter, or the rule of ToCa's code for DiT and FLUX."
+        ),
     ] = "torch",
     as_json: Annotated[
         bool, typer.Option("--json", help="Write all numbers as JSON instead.")
@@ -116,6 +118,7 @@ def show_plan(
     disable: DisableOption = None,
 ) -> None:
     """Show what would be computed at every step, and what that costs."""
+    from cachegraph.show.counted import notes, notes_data
     from cachegraph.show.picture import overview
     from cachegraph.show.view import plan_data
 
@@ -125,9 +128,11 @@ def show_plan(
         return
     view, name, heading = request.build(schedule, batch)
     if as_json:
-        typer.echo(json.dumps(plan_data(view, name, Path(schedule).stem), indent=1))
+        data = plan_data(view, name, Path(schedule).stem) | notes_data(view, batch)
+        typer.echo(json.dumps(data, indent=1))
         return
-    show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+    said = notes(view, batch)
+    show(overview(heading, view.plan, view.cost, view.batch_text, *room(), said))
 
 
 def _show_toca(request: Request, schedule: str, batch: int | None, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cachegraph.errors import PlanError
-from cachegraph.model.site import Site, SiteKind, blocks_of, describe
+from cachegraph.model.site import Site, SiteKind, SiteValue, blocks_of, describe
 from cachegraph.model.trace import TracedModel
 from cachegraph.plan.action import Action, Compute, Refresh, Row
 from cachegraph.plan.plan import Plan
@@ -74,18 +74,37 @@ def count_toca(plan: Plan, traced: TracedModel, batch: int | None) -> tuple[int,
     cores = [name for site in plan.sites for name in site.cores]
     query = next((n for n in traced.module.graph.nodes if n.name in cores), None)
     heads = query.args[0].meta["val"].shape[1] if query is not None else 0
-    size = traced.signature.inputs[0][1].sizes(traced.symbols)[0]
-    return toca_flops(plan.rows, plan.sites, batch=batch or size, heads=int(heads))
+    return toca_flops(plan.rows, plan.sites, batch=batch or _batch(traced), heads=int(heads))
+
+
+def projected_again(plan: Plan, traced: TracedModel, batch: int | None) -> int:
+    """Of :func:`count_toca`, what FLUX's code spends on projecting attention that it has kept.
+
+    The graphs keep what was projected; the numbers are the same.
+    """
+    if not any(site.fused for site in plan.sites):
+        return 0
+    double = [i for i, s in enumerate(plan.sites) if s.kind == SiteKind.ATTN and not s.fused]
+    tokens = [
+        2 * n * c**2
+        for row in plan.rows
+        for i in double
+        if not isinstance(row[i], Compute)
+        for n, c in map(_size, plan.sites[i].values)
+    ]
+    return sum(tokens) * (batch or _batch(traced))
+
+
+def _batch(traced: TracedModel) -> int:
+    return int(traced.signature.inputs[0][1].sizes(traced.symbols)[0])
 
 
 def _flux_block(block: Sequence[tuple[Site, Action]]) -> int:
     """Products of one sample in a block of FLUX; an mlp is four times as wide as the stream."""
     flops = 0
     for site, action in block:
-        sizes = [value.spec.shape for value in site.values]
-        if not all(len(s) == 3 and isinstance(s[1], int) and isinstance(s[2], int) for s in sizes):
-            _sizes(site)  # refuses
-        n, c = sum(int(s[1]) for s in sizes), int(sizes[0][2])
+        sizes = [_size(value) for value in site.values]
+        n, c = sum(tokens for tokens, _ in sizes), sizes[0][1]
         k = action.tokens if isinstance(action, Refresh) else n * isinstance(action, Compute)
         whole = isinstance(action, Compute)
         if site.kind == SiteKind.MLP:
@@ -113,7 +132,7 @@ class _Block:
         self.attn = index[by_kind[SiteKind.ATTN].name]
         self.mlp = index[by_kind[SiteKind.MLP].name]
         self.batch, self.heads = batch, heads
-        self.tokens, self.channels = _sizes(by_kind[SiteKind.MLP])
+        self.tokens, self.channels = _size(by_kind[SiteKind.MLP].values[0])
 
     def runs(self, row: Row) -> bool:
         """True where anything of the block is computed."""
@@ -130,14 +149,14 @@ class _Block:
         return mlp + modulation + norms + attention * isinstance(row[self.attn], Compute)
 
 
-def _sizes(site: Site) -> tuple[int, int]:
-    """Tokens and channels of a site's value ``(B, N, C)``."""
-    match site.values[0].spec.shape:
+def _size(value: SiteValue) -> tuple[int, int]:
+    """Tokens and channels of a value ``(B, N, C)``."""
+    match value.spec.shape:
         case (_, int(tokens), int(channels)):
             return tokens, channels
     raise PlanError(
         "the counter of ToCa does not fit the model",
-        place=site.name,
+        place=value.module or value.node,
         expected="a value of shape (batch, tokens, channels), the last two numbers",
-        found=str(site.values[0].spec),
+        found=str(value.spec),
     )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +24,7 @@ from cachegraph.zoo.checkpoint import SUFFIXES
 from cachegraph.zoo.recognise import ARCHITECTURES, PRESETS
 from cachegraph.zoo.shards import INDEX, is_weights, weights_files
 
-from .program_files import refuse_code
+from .program_files import opening, quiet
 
 FORMS = (
     f"a weights file ({', '.join((*SUFFIXES, INDEX))}), a torch.export program (.pt2), "
@@ -160,17 +158,9 @@ def _from_program(path: Path) -> Source:
     """A ``torch.export`` program with its modules as they were, so that sites keep their names."""
     if not path.is_file():
         raise ModelError("there is no such file", place=str(path))
-    refuse_code(path)
-    try:
-        with _quiet("torch.export"):
-            program = torch.export.load(path)
-            model = torch.export.unflatten(program)
-    except Exception as error:
-        raise ModelError(
-            "not a readable torch.export program",
-            place=str(path),
-            found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-        ) from error
+    with opening(path):
+        program = torch.export.load(path)
+        model = torch.export.unflatten(program)
     args, kwargs = program.example_inputs or ((), {})
     _name_arguments(model, program.module(check_guards=False), kwargs)
     for module in model.modules():
@@ -289,7 +279,7 @@ def _from_diffusers(folder: Path, shapes_only: bool) -> nn.Module:
             place=str(folder / "config.json"),
             remedy=nearest(name, [n for n in dir(diffusers) if "Transformer" in n]),
         )
-    with _quiet("diffusers"):
+    with quiet("diffusers"):
         if shapes_only:
             with torch.device("meta"):
                 made = cls.from_config(config)
@@ -325,15 +315,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
         what = "the config names no model class"
         raise ModelError(what, place=str(folder / "config.json"), expected="the key _class_name")
     return config
-
-
-@contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    """Silence a library's log: what goes wrong is said once, in the error."""
-    logger = logging.getLogger(logger_name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)  # disabling it would leave its children loud
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _PRIME = 1_000_003
+_MAP_BYTES = 2**24  # of an attention map that is made in one piece; larger blocks come with faults
+_MOST_PIECES = 4  # each is several nodes of a graph
 
 
 def read(slot: Tensor) -> Tensor:
@@ -67,7 +69,8 @@ def scatter_tokens(kept: Tensor, picked: Tensor, fresh: Tensor) -> Tensor:
 def attention_received(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """Attention that each token received: column sums of the softmax map, mean over heads.
 
-    The map is gone after the step; only its column sums, a vector a site, can be kept.
+    The map is gone after the step; only its column sums, a vector a site, can be kept. A large one
+    is made of some queries after others.
 
     Args:
         query: ``(B, H, N, D)``.
@@ -78,8 +81,22 @@ def attention_received(query: Tensor, key: Tensor, scale: float | None) -> Tenso
         ``(B, N)`` float32.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    products = torch.matmul(query * factor, key.transpose(-2, -1))
-    return torch.softmax(products.float(), dim=-1).mean(dim=1).sum(dim=1)
+    heads, tokens, width = query.shape[1:]
+    whole = 4 * heads * tokens * key.shape[2]
+    pieces = min(-(-whole // _MAP_BYTES), _MOST_PIECES) if isinstance(whole, int) else 1
+    if pieces == 1:
+        products = torch.matmul(query * factor, key.transpose(-2, -1))
+        return torch.softmax(products.float(), dim=-1).mean(dim=1).sum(dim=1)
+    columns = key.reshape(-1, key.shape[2], width).transpose(1, 2)
+    rows = (query * factor).reshape(-1, tokens, width)
+    received = []
+    for piece in rows.split(-(-tokens // pieces), dim=1):
+        found = torch.softmax(torch.bmm(piece, columns).float(), dim=-1)
+        received.append(found.reshape(-1, heads * piece.shape[1], key.shape[2]).sum(dim=1))
+    total = received[0]
+    for one in received[1:]:
+        total = total + one
+    return total / heads
 
 
 def value_smallness(value: Tensor) -> Tensor:

@@ -32,14 +32,25 @@ _MEMORY = {
 }
 _LAYOUTS = {str(torch.strided): torch.strided}
 _OPERATOR = type(torch.ops.aten.add.Tensor)
-_FORBIDDEN = {
-    torch.ops.aten.from_file.default,  # maps, and may create, a file of any name
-    torch.ops.aten._reshape_alias.default,  # reads beside its tensor without a check
-}
+# Functional operators of aten that have documentation check their arguments. Of those that torch
+# keeps for itself some do not (_reshape_alias reads beside its tensor): those that tracing leaves.
+_DOCUMENTED = re.compile(
+    r"(?!_|from_file$|fbgemm_|mkldnn_|cudnn_|miopen_|quantized_|sparse_|record_stream$)\w+"
+)
+_OF_TORCH_ITSELF = re.compile(
+    r"__(and|or|xor|lshift|rshift)__"
+    r"|_(to_copy|cast_\w+|conj|conj_physical|neg_view|unsafe_view|stack|shape_as_tensor|prelu_kernel"
+    r"|(log_|safe_)?softmax|logcumsumexp|aminmax|is_(all|any)_true|cdist_forward|euclidean_dist"
+    r"|(int|scaled|grouped|scaled_grouped)_mm|weight_int[48]pack_mm\w*|dyn_quant_matmul_4bit"
+    r"|addmm_activation|trilinear|convolution|convolution_mode|fused_rms_norm|weight_norm\w*"
+    r"|native_batch_norm_legit\w*|native_multi_head_attention|transformer_encoder_layer_fwd"
+    r"|scaled_dot_product_\w+|fft_(c2c|c2r|r2c)|linalg_(det|eigh|slogdet|solve_ex|svd)"
+    r"|adaptive_avg_pool[23]d|upsample_\w+|pad_(circular|enum))"
+)
 # Keys of a ModuleDict need not be identifiers; rows of a weight have a name that says which.
 _WEIGHT_NAME = re.compile(r"(?!__)[\w -]+(\[\d+:\d+\])?")
 _MODULES = {"_operator": operator, "operator": operator, "math": math, "torch": torch}
-_FUNCTIONS = {  # beside aten: what export leaves for arithmetic on symbolic sizes
+FUNCTIONS = {  # beside aten: what export leaves for arithmetic on symbolic sizes
     "operator": {
         *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow"),
         *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
@@ -150,11 +161,11 @@ def spec_of(node: fx.Node) -> str:
 
 def _function_name(node: fx.Node) -> str:
     target: Any = node.target
-    if str(target).startswith("aten."):
+    if isinstance(target, _OPERATOR) and _may_be_called(target):
         return str(target)
     if callable(target) and hasattr(target, "__name__"):
         module = str(getattr(target, "__module__", "")).removeprefix("_")
-        if target.__name__ in _FUNCTIONS.get(module, ()):
+        if target.__name__ in FUNCTIONS.get(module, ()):
             return f"{module}.{target.__name__}"
     raise ArtifactError(
         f"operation {target} cannot be written to an artifact",
@@ -163,13 +174,20 @@ def _function_name(node: fx.Node) -> str:
     )
 
 
+def _may_be_called(operator: Any) -> bool:
+    """Whether an operator of aten computes tensors from tensors and does nothing else."""
+    namespace, _, name = operator._schema.name.partition("::")
+    known = _DOCUMENTED.fullmatch(name) or _OF_TORCH_ITSELF.fullmatch(name)
+    return namespace == "aten" and not operator._schema.is_mutable and known is not None
+
+
 def _function(name: str) -> Callable[..., Any]:
     module, _, rest = name.partition(".")
     if module == "aten":
         packet, _, overload = rest.partition(".")
         found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
         if isinstance(found, _OPERATOR):
-            if found._schema.is_mutable or found in _FORBIDDEN:
+            if not _may_be_called(found):
                 raise ArtifactError(f"a graph may not call {name!r}")
             return found
         raise ArtifactError(
@@ -177,7 +195,7 @@ def _function(name: str) -> Callable[..., Any]:
             found=f"torch {torch.__version__}",
             remedy="use the torch version named in the artifact's manifest",
         )
-    if rest in _FUNCTIONS.get(module, ()):
+    if rest in FUNCTIONS.get(module, ()):
         return getattr(_MODULES[module], rest)
     raise ArtifactError(f"a graph may not call {name!r}")
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cachegraph.compiler.program_files import opening
 from cachegraph.compiler.sources import import_function
 from cachegraph.errors import InputError
 from cachegraph.zoo.digits_quality import WEIGHTS, build_classifier
@@ -53,7 +54,9 @@ def load_extractor(text: str) -> Extract:
         return _digits()
     path = Path(text)
     if path.suffix == ".pt2" and path.is_file():
-        return _named(torch.export.load(path).module())
+        with opening(path):
+            program = torch.export.load(path).module()
+        return _named(program)
     if path.is_file():
         try:
             with warnings.catch_warnings():

@@ -136,7 +136,12 @@ def variants_table(plan: Plan, cost: PlanCost) -> Table:
     return table
 
 
-def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableType:
+Notes = Sequence[tuple[str, str]]  # further lines of a summary: what, and what of it
+
+
+def summary(
+    heading: str, plan: Plan, cost: PlanCost, batch: str, notes: Notes = ()
+) -> RenderableType:
     """What a plan comes to: steps, FLOPs and the speed-up that they allow, memory.
 
     Args:
@@ -144,6 +149,7 @@ def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableT
         plan: what every step does.
         cost: of the plan.
         batch: what the numbers hold for, such as ``batch 2``.
+        notes: on FLOPs.
     """
     full, peak = cost.full_flops * plan.steps, max(cost.cache_bytes)
     when = f", first after step {cost.cache_bytes.index(peak)}" if peak else ""
@@ -154,6 +160,8 @@ def summary(heading: str, plan: Plan, cost: PlanCost, batch: str) -> RenderableT
     table.add_row("steps", f"{plan.steps}, {plan.full_steps()} of them full")
     table.add_row("sites", str(len(plan.sites)))
     table.add_row("FLOPs", f"{amount(cost.total_flops)} of {amount(full)} uncached, {batch}")
+    for what, text in notes:
+        table.add_row(what, text)
     table.add_row("speed-up", f"at most {cost.limit:.2f}x, going by FLOPs")
     table.add_row("cache", f"at most {size(peak)}{when}")
     if peak:
@@ -191,10 +199,16 @@ def _saved(plan: Plan, cost: PlanCost) -> str:
 
 
 def overview(
-    heading: str, plan: Plan, cost: PlanCost, batch: str, width: int, most: int | None
+    heading: str,
+    plan: Plan,
+    cost: PlanCost,
+    batch: str,
+    width: int,
+    most: int | None,
+    notes: Notes = (),
 ) -> RenderableType:
     """Summary, picture and variants, with empty lines between them."""
-    costs = summary(heading, plan, cost, batch)
+    costs = summary(heading, plan, cost, batch, notes)
     tokens = token_picture(plan, width)
     pictures = (picture(plan, width, most), *(("", tokens) if tokens is not None else ()))
     return Group(costs, "", *pictures, "", variants_table(plan, cost))

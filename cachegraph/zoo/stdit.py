@@ -2,7 +2,6 @@
 
 Source: the code of hpcaitech/Open-Sora (``opensora/models/stdit/stdit3.py`` and
 ``layers/blocks.py``). Published checkpoints load without renaming, and outputs agree to rounding.
-Frames that are given rather than drawn (``x_mask``) are not built here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from cachegraph.errors import ModelError
 
-from .layers import Mlp, ModelSize, TimestepEmbedder, plain_norm
+from .layers import Mlp, ModelSize, TimestepEmbedder, modulate, plain_norm
 from .pixart import (
     MODULATIONS,
     CaptionEmbedder,
@@ -30,6 +29,7 @@ SIZES = {"XL": ModelSize(28, 1152, 16), "3B": ModelSize(28, 1872, 26)}
 LATENT = (15, 60, 106)  # frames, height and width of the latent of 2 s at 480p (480 x 854 pixels)
 PIXELS = (480.0, 854.0)
 PERIOD = 10_000.0  # of positions, in space and in time
+Times = tuple[Tensor, ...]  # of drawn frames and, where some are given, of these, at timestep 0
 
 
 class RMSNorm(nn.Module):
@@ -100,36 +100,54 @@ class STDiT3Block(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        c: Tensor,
+        c: Times,
         mask: Tensor | None,
         frames: int,
         turn: tuple[Tensor, Tensor],
+        drawn: Tensor | None,
     ) -> Tensor:
         """One block.
 
         Args:
             x: video tokens ``(B, T S, C)``, frame by frame.
             y: text tokens ``(B, L, C)``.
-            c: modulation of the timestep ``(B, 6, C)``.
+            c: modulation of each time ``(B, 6, C)``.
             mask: ``(B, 1, 1, L)``, true for valid text tokens.
             frames: T.
             turn: rotation along time.
+            drawn: ``(B, T S, 1)``, true for tokens of drawn frames; None where all are.
 
         Returns:
             Video tokens ``(B, T S, C)``.
         """
-        modulation = (self.scale_shift_table + c).unsqueeze(2).unbind(1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        grid = (self.norm1(x) * (1 + scale1) + shift1).unflatten(1, (frames, -1))
+        modulation = [(self.scale_shift_table + one).unsqueeze(2).unbind(1) for one in c]
+        still = self.norm1(x)
+        found = _by_frame(drawn, [still * (1 + m[1]) + m[0] for m in modulation])
+        grid = found.unflatten(1, (frames, -1))
         if self.temporal:
             grid = grid.transpose(1, 2)
         found = self.attn(grid.flatten(0, 1), turn if self.temporal else None)
         found = found.unflatten(0, (x.shape[0], -1))
         if self.temporal:
             found = found.transpose(1, 2)
-        x = x + gate1 * found.flatten(1, 2)
+        found = found.flatten(1, 2)
+        x = x + _by_frame(drawn, [m[2] * found for m in modulation])
         x = x + self.cross_attn(x, y, mask)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        still = self.norm2(x)
+        found = self.mlp(_by_frame(drawn, [still * (1 + m[4]) + m[3] for m in modulation]))
+        return x + _by_frame(drawn, [m[5] * found for m in modulation])
+
+
+class VideoFinalLayer(T2IFinalLayer):
+    """Last modulation and projection; given frames pass the norm twice, as published."""
+
+    def forward(self, x: Tensor, t: Times, drawn: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Tokens ``(B, N, C)``, embedded times ``(B, C)`` to ``(B, N, out_size)``."""
+        found = [x]
+        for one in t:
+            shift, scale = (self.scale_shift_table + one.unsqueeze(1)).unbind(1)
+            found.append(modulate(self.norm_final(found[-1]), shift, scale))
+        return self.linear(_by_frame(drawn, found[1:]))
 
 
 class PatchEmbed3D(nn.Module):
@@ -214,7 +232,7 @@ class STDiT3(nn.Module):
             for temporal in (False, True)
         )
         out_size = math.prod(self.patch_size) * self.out_channels
-        self.final_layer = T2IFinalLayer(hidden_size, out_size)
+        self.final_layer = VideoFinalLayer(hidden_size, out_size)
 
     def forward(
         self,
@@ -222,6 +240,7 @@ class STDiT3(nn.Module):
         timestep: Tensor,
         y: Tensor,
         mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
         fps: Tensor | None = None,
         height: Tensor | None = None,
         width: Tensor | None = None,
@@ -235,6 +254,8 @@ class STDiT3(nn.Module):
             mask: ``(B, L)``, not 0 for valid text tokens, of which every sample has at least one;
                 with fewer rows, which divide B, they are repeated, as published. None where no
                 text token is padding.
+            x_mask: ``(B, T)``, not 0 for frames that are drawn, T counted in tokens; the others
+                are given and take part as if at timestep 0. None where all are drawn.
             fps: frames a second ``(B,)``, or as many rows as ``mask``.
             height: of the video in pixels ``(B,)``; only the first counts, as published.
             width: likewise.
@@ -264,14 +285,19 @@ class STDiT3(nn.Module):
         frames, high, wide = (s // p for s, p in zip(x.shape[2:], self.patch_size, strict=True))
         tokens = self.x_embedder(x).unflatten(1, (frames, -1))
         tokens = (tokens + self._positions(high, wide, height, width).to(dtype)).flatten(1, 2)
-        t = self.t_embedder(timestep) + _repeated("fps", self.fps_embedder(fps), x.shape[0])
-        c = self.t_block(t).unflatten(1, (MODULATIONS, -1))
+        drawn = (
+            None if x_mask is None else self._drawn(x_mask, tokens.shape[0], frames, high * wide)
+        )
+        rate = _repeated("fps", self.fps_embedder(fps), x.shape[0])
+        moments = (timestep,) if drawn is None else (timestep, torch.zeros_like(timestep))
+        t = tuple(self.t_embedder(moment) + rate for moment in moments)
+        c = tuple(self.t_block(one).unflatten(1, (MODULATIONS, -1)) for one in t)
         text = self.y_embedder(text.to(dtype))
         turn = self.rope(frames)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            tokens = spatial(tokens, text, c, valid, frames, turn)
-            tokens = temporal(tokens, text, c, valid, frames, turn)
-        out = self._unpatchify(self.final_layer(tokens, t), frames, high, wide)
+            tokens = spatial(tokens, text, c, valid, frames, turn, drawn)
+            tokens = temporal(tokens, text, c, valid, frames, turn, drawn)
+        out = self._unpatchify(self.final_layer(tokens, t, drawn), frames, high, wide)
         return out[:, :, : sizes[0], : sizes[1], : sizes[2]].float()
 
     def example_inputs(self, batch: int = 2) -> tuple[tuple[()], dict[str, Tensor]]:
@@ -295,6 +321,17 @@ class STDiT3(nn.Module):
             "height": all_of(PIXELS[0]),
             "width": all_of(PIXELS[1]),
         }
+
+    def _drawn(self, x_mask: Tensor, batch: int, frames: int, places: int) -> Tensor:
+        """``(B, T)`` as a bool ``(B, T S, 1)``."""
+        if tuple(x_mask.shape) != (batch, frames):
+            raise ModelError(
+                f"mask of the frames of {self.arch} has the wrong shape",
+                place="x_mask",
+                expected=f"({batch}, {frames}): a row a sample, a number a frame of tokens",
+                found=str(tuple(x_mask.shape)),
+            )
+        return (x_mask != 0).unsqueeze(2).expand(-1, -1, places).flatten(1).unsqueeze(2)
 
     def _positions(self, high: int, wide: int, height: Tensor, width: Tensor) -> Tensor:
         """Sines and cosines ``(S, C)`` of a frame's places, scaled by its size in pixels."""
@@ -334,6 +371,11 @@ class STDiT3(nn.Module):
                 expected=f"(B, 1, L, {self.caption_channels})",
                 found=str(tuple(y.shape)),
             )
+
+
+def _by_frame(drawn: Tensor | None, found: Sequence[Tensor]) -> Tensor:
+    """Tokens ``(B, N, C)`` as of drawn frames, or as of given ones where ``drawn`` is false."""
+    return found[0] if drawn is None else torch.where(drawn, found[0], found[1])
 
 
 def _repeated(name: str, rows: Tensor, batch: int) -> Tensor:

@@ -81,6 +81,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "onnx: 4 graphs, " in result.output
+    assert "OpenVINO computes in bf16 by default" in result.output
+    assert "INFERENCE_PRECISION_HINT to f32" in (folder / "onnx" / "README.md").read_text()
     return folder
 
 

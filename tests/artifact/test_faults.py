@@ -23,6 +23,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> fault_loop.Loop:
     ("call", "number", "fault", "left"),
     [
         ("mkdir", 2, "error=ENOSPC", "old"),
+        ("newfstatat", 2, "error=EIO", "old"),
         ("write", 3, "error=ENOSPC", "old"),
         ("write", 9, "signal=KILL", "old"),
         ("fsync", 2, "error=EIO", "old"),

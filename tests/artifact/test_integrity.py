@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -97,6 +98,19 @@ def test_another_artifact_that_came_and_went_is_not_read(
         torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["is_file", "stat", "read_bytes", "read_text", "exists"])
+def test_what_the_disk_does_not_give_is_told(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, name, fail)
+    found = refusal(folder)
+    assert str(folder) in found
+    assert "Input/output error" in found
+
+
 def test_half_of_the_weights_zeroed(folder: Path) -> None:
     path = folder / "weights.safetensors"
     content = bytearray(path.read_bytes())
@@ -159,6 +173,7 @@ def edited(name: str) -> Callable[[dict[str, Any]], Any]:
         "input": lambda p: p["variants"][1]["interface"]["inputs"].pop(),
         "order": lambda p: p["variants"][0]["interface"]["inputs"].reverse(),
         "spec": lambda p: p["variants"][0]["interface"]["outputs"][0].update(spec="f32[9]"),
+        "outputs": lambda p: p["signature"].update(outputs=["f32[9]"]),
         "lasting": lambda p: p.update(lasting=[9]),
         "tensor": lambda p: p["signature"]["arguments"].update(x={"tensor": 9}),
         "tree": lambda p: p["signature"].update(result={"tensor": 3}),
@@ -170,8 +185,8 @@ def edited(name: str) -> Callable[[dict[str, Any]], Any]:
 
 
 EDITS = """
-variant / no steps / rows / source / keeps / frees / input / order / spec / lasting / tensor / tree
-/ batch / size / timesteps
+variant / no steps / rows / source / keeps / frees / input / order / spec / outputs / lasting
+/ tensor / tree / batch / size / timesteps
 """
 
 
@@ -181,6 +196,31 @@ def test_parts_that_do_not_fit_are_told_before_anything_runs(folder: Path, name:
     signed(folder, lambda manifest: edited(name)(manifest["program"]))
     assert json.loads((folder / MANIFEST).read_text())["program"] != before
     assert "the parts of the artifact do not fit together: " in refusal(folder)
+
+
+def one_node(nodes: list[dict[str, Any]], op: str) -> dict[str, Any]:
+    return next(node for node in nodes if node["op"] == op)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda nodes: one_node(nodes, "placeholder").update(spec="f32[9]"), "takes other inputs"),
+        (lambda nodes: nodes.remove(one_node(nodes, "placeholder")), "takes other inputs than its"),
+        (lambda nodes: one_node(nodes, "output").update(args=[[]]), "returns something else than"),
+        (lambda nodes: one_node(nodes, "get_attr").update(target="gone"), "gone, which is no"),
+        (lambda nodes: nodes.append(3), "is no list of nodes"),
+    ],
+)  # fmt: skip
+def test_graphs_that_do_not_fit_are_told_before_anything_runs(
+    folder: Path, edit: Callable[[list[Any]], object], message: str
+) -> None:
+    path = folder / "graphs" / "variant0.json"
+    nodes = json.loads(path.read_text())
+    edit(nodes)
+    path.write_text(json.dumps(nodes))
+    signed(folder)
+    assert message in refusal(folder)
 
 
 @pytest.mark.parametrize("file", ["../escape.json", "/etc/passwd", "graphs/../../x", "a//b"])

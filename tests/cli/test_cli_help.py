@@ -10,13 +10,27 @@ from typer.testing import CliRunner
 from cachegraph import cli
 from cachegraph.cli import _show_warning
 
-OPENS = ("compile", "plan", "inspect", "verify", "export", "sample", "bench", "calibrate")
+OPENS = (
+    *("compile", "plan", "inspect", "report", "verify", "export", "sample", "bench", "calibrate"),
+    *("train-router", "search", "compare"),
+)
+
+
+def help_of(command: str) -> str:
+    shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"}).output
+    return " ".join(shown.replace("\u2502", " ").split())
+
+
+def test_which_commands_open_models_or_artifacts() -> None:
+    """The others read data alone, and evaluate says it of its extractor."""
+    names = {name for name, *_ in cli._COMMANDS}
+    assert names - {*OPENS} == {"evaluate", "import-router", "import-schedule"}
+    assert "Runs code: open only what you trust" in help_of("evaluate")
 
 
 @pytest.mark.parametrize("command", OPENS)
 def test_help_says_what_runs_code(command: str) -> None:
-    shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"}).output
-    text = " ".join(shown.replace("\u2502", " ").split())
+    text = help_of(command)
     assert (
         "Programs (.pt2), factories, and artifacts compiled for aoti or tensorrt run code" in text
     )

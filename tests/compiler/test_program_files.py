@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cachegraph.compiler import program_files
 from cachegraph.compiler.program_files import refuse_code
 from cachegraph.compiler.sources import open_model
 from cachegraph.errors import ModelError
@@ -35,14 +38,20 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def changed(source: Path, target: Path, change: Callable[[Any], Any]) -> Path:
-    """A copy whose JSON files went through a change."""
+def changed(
+    source: Path,
+    target: Path,
+    change: Callable[[Any], Any],
+    instead: Mapping[str, io.BytesIO] = MappingProxyType({}),
+) -> Path:
+    """A copy whose JSON files went through a change, and some others are something else."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             content = old.read(name)
             if name.endswith(".json"):
                 content = json.dumps(walked(json.loads(content), change)).encode()
-            new.writestr(name, content)
+            end = name.partition("/data/")[2]
+            new.writestr(name, instead[end].getvalue() if end in instead else content)
     return target
 
 
@@ -88,6 +97,65 @@ def test_pickles_are_refused(program: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match="a tensor that is pickled"):
         open_model(str(bad), need_inputs=False)
+
+
+@pytest.mark.parametrize(
+    "target", ["torch.os.system", "torchos.os.system", "_operator.call", "torch.ops.load_library",
+               "torch.ops.load_library.__call__", "math.os"],
+)  # fmt: skip
+def test_calls_of_anything_but_operators_are_refused(
+    program: Path, tmp_path: Path, target: str
+) -> None:
+    bad = changed(
+        program, tmp_path / "bad.pt2", lambda d: d | ({"target": target} if "target" in d else {})
+    )
+    with pytest.raises(ModelError, match=f"torch would run code.*the call of '{target}'"):
+        open_model(str(bad), need_inputs=False)
+
+
+@pytest.mark.parametrize("name", ["custom_obj_0", "opaque_obj_0"])
+def test_objects_are_refused_whether_or_not_it_says_that_they_are_pickled(
+    program: Path, tmp_path: Path, name: str
+) -> None:
+    entry = {"path_name": name, "is_param": False, "use_pickle": False, "tensor_meta": None}
+    bad = changed(
+        program, tmp_path / "bad.pt2", lambda d: {"config": {"c": entry}} if "config" in d else d
+    )
+    with pytest.raises(ModelError, match=f"the object '{name}', which is pickled"):
+        open_model(str(bad), need_inputs=False)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (print, ("harm",))
+
+
+def test_example_inputs_that_run_code_are_refused(
+    program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch tries them without running anything first, and then runs it."""
+    file = io.BytesIO()
+    torch.save(((Harmful(),), {}), file)
+    bad = changed(program, tmp_path / "bad.pt2", lambda d: d, {"sample_inputs/model.pt": file})
+    with pytest.raises(ModelError, match="a pickle of more than tensors"):
+        open_model(str(bad), need_inputs=False)
+    assert "harm" not in capsys.readouterr().out
+
+
+def test_compiled_code_is_refused(program: Path, tmp_path: Path) -> None:
+    bad = changed(program, tmp_path / "bad.pt2", lambda d: d)
+    with zipfile.ZipFile(bad, "a") as archive:
+        archive.writestr("scaled/data/aotinductor/model/model.so", b"code")
+    with pytest.raises(ModelError, match=r"model\.so: .*found compiled code"):
+        open_model(str(bad), need_inputs=False)
+
+
+def test_what_is_too_long_to_be_looked_at_is_refused(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program_files, "_LARGEST", 100)
+    with pytest.raises(ModelError, match="bytes, which no program has"):
+        open_model(str(program), need_inputs=False)
 
 
 def test_what_is_no_archive(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 import cachegraph as cg
 from cachegraph.compiler import pipeline
 from cachegraph.compiler.compile import Build, assemble, build
-from cachegraph.errors import SiteError
+from cachegraph.errors import PlanError, SiteError
 from cachegraph.graph.step_graph import StepGraph
 from cachegraph.graph.text import graph_text
 from cachegraph.model.site import Folding, Inner, Site
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.plan.action import Refresh
+from cachegraph.zoo.flux import SingleBlock
 from tests.models import one_thread, relative_error, tiny_flux, tiny_stdit  # noqa: F401
 
 LIMIT = 1e-4
@@ -193,6 +194,32 @@ def test_attention_over_other_tokens_cannot_score(stdit: Case) -> None:
 def _unfolded(site: Site) -> Site:
     value = type(site.values[0])(**{**vars(site.values[0]), "folding": None})
     return Site(**{**vars(site), "values": (value,)})
+
+
+class Woven(SingleBlock):
+    """Attention and mlp go into the last projection channel by channel in turn."""
+
+    def forward(self, x: Tensor, vec: Tensor, turn: Any) -> Tensor:
+        def weave(_: nn.Module, given: tuple[Tensor]) -> Tensor:
+            return given[0].unflatten(-1, (5, -1)).transpose(-1, -2).flatten(-2)
+
+        with self.linear2.register_forward_pre_hook(weave):
+            return super().forward(x, vec, turn)
+
+
+def test_a_projection_that_cannot_be_split_is_refused() -> None:
+    model = tiny_flux()
+    model.single_blocks[0].__class__ = Woven
+    traced = trace(model, *model.example_inputs(2))
+    site = sites_of(traced)["single_blocks.0:attn"]
+    assert (site.fused, site.inner) == (True, None)
+    what = r"last projection of single_blocks\.0:attn cannot be split into attention and mlp"
+    with pytest.raises(PlanError, match=what) as caught:
+        build(model, schedule(FLUX, 9), traced=traced)
+    assert caught.value.place == "schedule: policy.rules"
+    assert "let it be reused whole: rules: {like: ..., refresh: [mlp]}" in caught.value.remedy
+    whole = {**FLUX, "rules": {"like": "flux", "refresh": ["mlp"]}}
+    assert build(model, schedule(whole, 9), traced=traced).plan.steps == 9
 
 
 # Recordings.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,10 @@ def test_an_extractor_by_path(tmp_path: Path) -> None:
     (tmp_path / "no.pt").write_text("no")
     with pytest.raises(InputError, match="not an extractor"):
         load_extractor(str(tmp_path / "no.pt"))
+    with zipfile.ZipFile(tmp_path / "no.pt2", "w") as archive:
+        archive.writestr("no/data/weights/model_weights_config.json", '{"use_pickle": true}')
+    with pytest.raises(InputError, match="the program is refused: torch would run code"):
+        load_extractor(str(tmp_path / "no.pt2"))
 
 
 def test_what_is_no_file_of_samples(tmp_path: Path) -> None:

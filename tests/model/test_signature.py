@@ -85,6 +85,13 @@ def test_defaults_may_be_said_or_left_out() -> None:
         assert same(signature.flatten((X, T), kwargs), [X, T])
 
 
+def test_no_options_may_be_said_either_way() -> None:
+    """Pipelines pass an empty dict or None for them."""
+    assert same(signed(X, T).flatten((X, T), {"parts": {}}), [X, T])
+    assert same(signed(X, T, parts={}).flatten((X, T), {"parts": None}), [X, T])
+    assert same(signed(X, T, parts={}).flatten((X, T), {"parts": {}}), [X, T])
+
+
 def test_containers() -> None:
     signature = signed(X, T, parts={"b": A, "a": B}, pair=[A, X])
     assert [name for name, _ in signature.inputs] == [

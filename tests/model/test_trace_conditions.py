@@ -38,6 +38,7 @@ FORMS: dict[str, Callable[[Tensor], bool]] = {
     "in (2, 3)": lambda x: x.shape[0] in (2, 3),
     "one of two": lambda x: x.shape[0] * 3 < 9 or x.shape[0] // 2 == 2,
     "half": lambda x: x.shape[0] / 2 > 1.2,
+    "chunks": lambda x: len(x.chunk(3)) == 2,  # torch asks, not the model
     "check": lambda x: torch._check(x.shape[0] < 5) is not None,
 }
 
@@ -153,8 +154,30 @@ def test_anything_else_is_no_condition(text: str) -> None:
         parse(text)
 
 
+class Listed(Guarded):
+    """Takes its batch apart in Python, so that a trace is of one batch."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat(
+            [super(Listed, self).forward(x[i : i + 1], t[i : i + 1]) for i in range(len(x))]
+        )
+
+
+@pytest.mark.parametrize("by_item", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_model_that_fixes_its_batch_takes_its_own_example(batch: int, by_item: bool) -> None:
+    """Also one of a single image, which is traced as two where the batch may vary."""
+    model = Listed(lambda x: False).eval()
+    found = trace(model, call(batch), by_item=by_item)
+    assert found.fixed_batch_reason
+    assert takes(found, 1 if found.items is not None else batch)
+    artifact = cg.compile(model, uncached(3), call(batch), backend="eager")
+    with torch.no_grad():
+        assert torch.equal(cg.load(artifact)(*call(batch), step=0), model(*call(batch)))
+
+
 @pytest.mark.parametrize("form", ["> 3", "== 1", "% 2 == 0", "in (2, 3)", "half"])
-@pytest.mark.parametrize("example", [2, 5])
+@pytest.mark.parametrize("example", [1, 2, 5])
 def test_a_compiled_loop_is_right_for_every_batch_or_refuses_it(form: str, example: int) -> None:
     model = Guarded(FORMS[form]).eval()
     artifact = cg.compile(model, uncached(3), call(example), backend="eager")

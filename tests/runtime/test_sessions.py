@@ -305,6 +305,8 @@ def test_inputs_that_never_fitted(run: cg.Runner) -> None:
     refused(lambda: run(x, t, y[:1]), "input 'y' does not fit", "expected i64[", "found i64[1]")
     refused(lambda: run(x, t, y[:1]), "axis 0 is 1 instead of 2 (s", "give all inputs the same b")
     refused(lambda: run(x, t.float(), y), "cast it: .to(torch.int64)")
+    fixed = cg.compile(tiny_dit(), fora(3, 2), (x, t, y), backend="eager", dynamic_batch=False)
+    refused(lambda: cg.load(fixed)(x[:1], t[:1], y[:1]), "the batch is fixed: compile with example")
 
 
 # --- failures and memory

@@ -51,6 +51,7 @@ def test_fewer_rows_serve_both_halves() -> None:
     _, inputs = model.example_inputs(4)
     inputs["mask"][1, 3:] = 0
     inputs["mask"][3, 3:] = 0
+    inputs["fps"] = torch.tensor([24.0, 12.0, 24.0, 12.0])
     rows = {name: inputs[name][:2] for name in ("mask", "fps", "height", "width")}
     assert relative_error(model(**{**inputs, **rows}), model(**inputs)) < 1e-6
 
@@ -61,6 +62,21 @@ def test_frame_rate_and_size_matter() -> None:
     out = model(**inputs)
     for name in ("fps", "height", "width", "timestep"):
         assert relative_error(model(**{**inputs, name: inputs[name] * 2}), out) > 1e-5, name
+
+
+def test_given_frames_are_at_timestep_zero() -> None:
+    """But for the last layer, see tests/compiler/test_by_hand.py."""
+    model, ends = tiny_stdit(), []
+    model.final_layer.register_forward_pre_hook(lambda _, args: ends.append(args[0]))
+    _, inputs = model.example_inputs()
+    out = model(**inputs)
+    assert torch.equal(model(**inputs, x_mask=torch.ones(2, 3)), out)
+    model(**inputs, x_mask=torch.zeros(2, 3, dtype=torch.bool))
+    model(**inputs | {"timestep": torch.zeros(2)})
+    assert torch.equal(ends[2], ends[3])
+    found = model(**inputs, x_mask=torch.tensor([[False, True, True], [True, True, True]]))
+    assert relative_error(found[:1], out[:1]) > 1e-3
+    assert torch.equal(found[1:], out[1:])
 
 
 def test_odd_sizes_are_padded_and_cut() -> None:
@@ -78,6 +94,12 @@ def test_odd_sizes_are_padded_and_cut() -> None:
         ("x", lambda v: v[0], r"input of .*expected \(B, 4, frames, height, width\)"),
         ("y", lambda v: v[..., :3], r"text of .*expected \(B, 1, L, 8\)"),
         ("mask", lambda v: v[:, :4], "mask: the text is longer than its mask.*cut the text"),
+        (
+            "x_mask",
+            lambda v: torch.ones(2, 4),
+            r"mask of the frames .*expected \(2, 3\).*found \(2, 4",
+        ),
+        ("x_mask", lambda v: torch.ones(1, 3), r"mask of the frames .*expected \(2, 3\)"),
         ("fps", lambda v: None, "needs fps, height and width"),
         ("fps", lambda v: v.repeat(2)[:3], "fps has the wrong number of rows; expected a divisor"),
     ],
@@ -86,7 +108,7 @@ def test_wrong_inputs_are_refused(name: str, change: Any, message: str) -> None:
     model = tiny_stdit()
     _, inputs = model.example_inputs()
     with pytest.raises(ModelError, match=message):
-        model(**{**inputs, name: change(inputs[name])})
+        model(**{**inputs, name: change(inputs.get(name))})
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
