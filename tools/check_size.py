@@ -14,37 +14,37 @@ from pathlib import Path
 
 MAX_FILE = 400
 MAX_FUNCTION = 50
-MAX_PRODUCT = 35_400  # cachegraph and passes together
+MAX_PRODUCT = 36_200  # cachegraph and passes together
 # What each folder of the product may have, in lines; files beside them count for "cachegraph".
 BUDGETS = {
-    "cachegraph": 930,
-    "zoo": 2_460,
-    "model": 3_900,
+    "cachegraph": 960,
+    "zoo": 2_510,
+    "model": 4_310,
     "config": 690,
     "plan": 820,
     "methods": 2_400,
     "schedule": 570,
-    "graph": 2_360,
+    "graph": 2_400,
     "passes": 1_160,
     "runtime": 1_870,
     "backends": 2_290,
-    "artifact": 1_530,
-    "compiler": 1_830,
+    "artifact": 1_570,
+    "compiler": 1_910,
     "oracle": 790,
     "diffusion": 200,
-    "show": 1_400,
+    "show": 1_500,
     "calibrate": 790,
     "pipelines": 1_420,
     "bench": 1_130,
     "train": 1_490,
     "images": 1_150,
-    "search": 1_790,
+    "search": 1_860,
     "report": 620,
-    "cli": 2_010,
+    "cli": 2_040,
 }
 # From a model to what runs it.
 ENGINE = tuple(list(BUDGETS)[2:13])
-MAX_ENGINE = 19_400
+MAX_ENGINE = 19_900
 
 PRODUCT = ("cachegraph", "passes")
 FOLDERS = (*PRODUCT, "schedules", "tests", "tools")
