@@ -30,7 +30,7 @@ from .dynamic import (
 from .flex import write_out_flex_attention
 from .functional import functional
 from .guards import branches, conditions_of
-from .items import Items, batch_of, independent_items, one_more, two_items, with_batch
+from .items import Items, batch_of, independent_items, one_more, two_items
 from .lines import quiet, untraceable
 from .masks import without_masks
 from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
@@ -173,7 +173,7 @@ class _Attempt:
         if batch_of(self.arguments) != batch:
             return None, "the first input is a list of an item each"
         # Export takes a size of 1 for a constant, so a batch of one is traced as two.
-        example = with_batch(self.arguments, batch, 2) if batch == 1 else self.arguments
+        example = one_more(self.arguments) if batch == 1 else self.arguments
         reads = self._reads(example)
         if reads and not self._reads_alike(reads, example):
             return None, f"what the model reads depends on the batch ({_first_place(reads)})"

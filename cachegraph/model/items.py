@@ -117,17 +117,6 @@ def two_items(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: argument(value) for name, value in arguments.items()}
 
 
-def with_batch(arguments: dict[str, Any], old: int, new: int) -> dict[str, Any]:
-    """The arguments of a batch of one as those of a larger one."""
-
-    def resize(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == old:
-            return torch.cat([leaf] * new)
-        return leaf
-
-    return _pytree.tree_map(resize, arguments)
-
-
 def one_more(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with their first item once more."""
     batch = _tensors(arguments)[0].shape[0]
