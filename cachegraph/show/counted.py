@@ -50,12 +50,10 @@ def published_count(view: View, batch: int | None) -> dict[str, int]:
     except PlanError:  # no model that there is a published count of
         return {}
     [full] = count_toca(plan_of(uncached(1), traced), traced, batch)
-    again = projected_again(view.plan, traced, batch)
-    uncached_flops = full * view.plan.steps
     return {
         "total_flops": total,
-        "uncached_flops": uncached_flops,
-        "projected_again_flops": again,
+        "uncached_flops": full * view.plan.steps,
+        "projected_again_flops": projected_again(view.plan, traced, batch),
     }
 
 
