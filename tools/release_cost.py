@@ -10,7 +10,6 @@ weights are the system's count after the last step.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import tempfile
 import time
@@ -19,22 +18,10 @@ from pathlib import Path
 import torch
 
 import cachegraph as cg
-from cachegraph.runtime.runner import Runner
 from cachegraph.zoo import build_model
+from tests.runtime.test_release import resident
 
 SPAN = 1000  # timesteps of training
-
-
-def resident(run: Runner) -> int:
-    """Bytes in memory of the mapping of a runner's weights."""
-    address, inside = next(run.parameters()).data_ptr(), False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if bounds:
-            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif inside and line.startswith("Rss:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("the weights are not mapped")
 
 
 def main() -> None:
@@ -78,7 +65,7 @@ def compare(path: Path, x: torch.Tensor, label: torch.Tensor, count: int) -> Non
             taken[name].append(time.perf_counter() - began)
         equal &= torch.equal(*made)
     print(f"{count} steps, bit for bit equal: {equal}")
-    held = {name: resident(run) for name, run in runs.items()}
+    held = {name: resident(tuple(run.parameters())[:1]) for name, run in runs.items()}
     for name, size in held.items():
         print(f"{name}: {size / 2**30:.2f} GiB of weights in memory")
     print(f"released: {1 - held['released'] / held['plain']:.1%} less")
