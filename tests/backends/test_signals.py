@@ -58,7 +58,7 @@ def test_an_ended_compilation_leaves_nothing_running(number: int, tmp_path: Path
     )
     assert wait_for(lambda: bool(workers(tmp_path / "cache")), 120), "no worker was started"
     process.send_signal(number)
-    assert process.wait(timeout=120) == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -9)
+    assert process.wait(timeout=30) == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -9)
     assert wait_for(lambda: not workers(tmp_path / "cache"), 60), "a worker goes on"
     assert not (tmp_path / "out.cgraph").exists()
     if number != signal.SIGKILL:  # nobody can clean up after that
