@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.utils import _pytree
 from cachegraph.errors import ModelError, TraceError
 from cachegraph.spec import BATCH
 
+from .batches import SMALL, Batches
+from .conditions import failed
 from .contents import Contents
 from .dynamic import (
     SEVERAL,
@@ -30,7 +33,7 @@ from .dynamic import (
 from .flex import write_out_flex_attention
 from .functional import functional
 from .guards import branches, conditions_of
-from .items import Items, batch_of, independent_items, one_more, two_items
+from .items import Items, agree_for_more, batch_of, independent_items, one_more, two_items
 from .lines import quiet, untraceable
 from .masks import without_masks
 from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
@@ -192,9 +195,18 @@ class _Attempt:
             reason = f"{BRANCHES[0]} ({next(iter(asked.values()))}); {reason}"
         if conditions is None or (reason and batch == 1):
             return None, reason
+        lists = frozenset[str]() if reason else self._lists()
+        if not reason:
+            replaying = partial(Replaying, reads) if self.reading else nullcontext
+            calls = Batches(
+                *(self.model, example, program, source, lists, replaying, CHECKS, self.runs)
+            )
+            conditions += calls.conditions(conditions)
+            sizes = symbols_of(inputs_of(program), leaves)
+            if (broken := failed(conditions, sizes)) is not None:
+                return None, f"{BRANCHES[1]} of one another way ({broken} for all others)"
         contents = contents_of(reads, _tensors(example), rows=True)
         found = Exported(program, source, self.arguments, conditions, reason, contents)
-        lists = frozenset[str]() if reason else self._lists()
         return replace(self._named(found), lists=lists), reason
 
     def _lists(self) -> frozenset[str]:
@@ -236,7 +248,11 @@ class _Attempt:
         several, items = self._independent()
         if items is None:
             return None
-        parts = [items.part(several, number) for number in range(items.count(several))]
+        tried = items.count(several)
+        others = (count for count in SMALL if count not in (1, tried, tried + 1))
+        if not agree_for_more(self.model, items, several, others):
+            return None
+        parts = [items.part(several, number) for number in range(tried)]
         reads = [self._reads(part) for part in parts]
         if any(not same_reads(reads[0], other) for other in reads[1:]):
             return None
