@@ -22,6 +22,7 @@ from torch.utils import _pytree
 
 from .conditions import failed
 from .items import same_tensors
+from .lines import quiet
 from .sizes import inputs_of, symbols_of
 
 SMALL = range(1, 7)  # batches that are looked at
@@ -42,6 +43,7 @@ class Batches:
         replaying: what gives a call without data the numbers that the model reads.
         checks: operators that have no result and are left out of the graph later.
         runs: the model has weights to run with.
+        restore: puts back what a call of the model changed.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Batches:
     replaying: Callable[[], AbstractContextManager[Any]]
     checks: Container[Any]
     runs: bool
+    restore: Callable[[], None]
 
     def conditions(self, known: Sequence[str]) -> tuple[str, ...]:
         """Conditions on the batch beside those that are known."""
@@ -69,7 +72,6 @@ class Batches:
         """Batches for which other functions are called than for the traced one."""
         traced = _tensors(self.arguments)[0].shape[0]
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._walk(mode, self._call(traced, own))  # what is made once is there from now on
         wanted = self._walk(mode, self._call(traced, own))
         if isinstance(wanted, Exception):
             _log.info("other batches cannot be looked at without data: %s", wanted)
@@ -81,10 +83,12 @@ class Batches:
 
     def _walk(self, mode: FakeTensorMode, arguments: Mapping[str, Any]) -> list[_Call] | Exception:
         try:
-            with torch.no_grad(), mode, self.replaying(), _Calls() as calls:
+            with quiet(), torch.no_grad(), mode, self.replaying(), _Calls() as calls:
                 self.model(**_pytree.tree_map_only(Tensor, mode.from_tensor, dict(arguments)))
         except Exception as error:  # noqa: BLE001 - whatever a model says of arguments
             return error
+        finally:
+            self.restore()
         return calls.found
 
     @torch.no_grad()
@@ -96,6 +100,8 @@ class Batches:
             wanted = self.model(**_pytree.tree_map_only(Tensor, Tensor.clone, dict(arguments)))
         except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
             return False
+        finally:
+            self.restore()
         found = _Graph(self.source, self.checks).run(
             *_pytree.tree_leaves(dict(arguments)), enable_io_processing=False
         )

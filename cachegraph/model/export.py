@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -88,6 +89,8 @@ def export(
     dynamic_batch: bool,
     by_item: bool,
     dynamic: Collection[str] = (),
+    *,
+    restore: Callable[[], None],
 ) -> Exported:
     """Export a module.
 
@@ -97,6 +100,7 @@ def export(
         dynamic_batch: let the batch vary where it can.
         by_item: where it cannot, export one item, if items do not depend on another.
         dynamic: names of sizes that have to vary, see :mod:`.dynamic`.
+        restore: puts back what a call of the model changed.
 
     Raises:
         ModelError: no input is a tensor with a batch, or there is no such size.
@@ -110,7 +114,7 @@ def export(
         )
     weights = (*model.parameters(), *model.buffers())
     runs = not any(tensor.is_meta for tensor in (*weights, *leaves))
-    attempt = _Attempt(model, arguments, runs, by_item, axes_of(arguments, dynamic))
+    attempt = _Attempt(model, arguments, runs, by_item, axes_of(arguments, dynamic), restore)
     try:
         found = attempt.run(dynamic_batch)
     except FixedSizeError as error:
@@ -142,6 +146,7 @@ class _Attempt:
     runs: bool  # the model has weights to run with
     by_item: bool
     axes: Axes | None
+    restore: Callable[[], None]
     reading: bool = False
 
     def run(self, dynamic_batch: bool) -> Exported:
@@ -199,7 +204,8 @@ class _Attempt:
         if not reason:
             replaying = partial(Replaying, reads) if self.reading else nullcontext
             calls = Batches(
-                *(self.model, example, program, source, lists, replaying, CHECKS, self.runs)
+                *(self.model, example, program, source, lists, replaying, CHECKS),
+                *(self.runs, self.restore),
             )
             conditions += calls.conditions(conditions)
             sizes = symbols_of(inputs_of(program), leaves)
@@ -301,6 +307,8 @@ class _Attempt:
             reads = record(self.model, arguments)
         except Exception as error:
             raise untraceable(self.model, _tensors(arguments), error) from error
+        finally:
+            self.restore()
         leaves = _pytree.tree_leaves_with_path(dict(arguments))
         names = [str(path[-1]) for path, leaf in leaves if isinstance(leaf, Tensor)]
         for (_, place, _), read in reads.items():
@@ -316,11 +324,14 @@ class _Attempt:
         mode = Replaying(reads) if self.reading else listening if self.runs else nullcontext()
         try:
             with mode:
-                program, source = _export_once(self.model, arguments, batch, self.axes)
+                alone = copy_context()  # of what a forward sets in a context, nothing stays
+                program, source = alone.run(_export_once, self.model, arguments, batch, self.axes)
         except Exception as error:
             if listening.passed and not isinstance(error, ReadError):
                 raise ReadError(listening.passed) from error
             raise
+        finally:
+            self.restore()
         _inline_autocast(source)
         write_out_flex_attention(source)
         without_masks(source, CHECKS)
