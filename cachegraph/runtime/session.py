@@ -118,9 +118,10 @@ class Session:
         said = self._step_index if step is None else step
         position = self._locate(branch, inputs, said)
         shapes = _shapes_of(inputs)
+        if position.step in runner.checked_steps:
+            runner.check_weights()
         if position.step == 0:
             runner.check_inputs(inputs, self._branch_name)
-            runner.check_weights()
             branch.values.clear()
             if self._recorder is not None and shapes != branch.shapes:
                 branch.replays = runner.replays(self._recorder)
