@@ -98,13 +98,14 @@ class Batches:
             return False
         try:
             wanted = self.model(**_pytree.tree_map_only(Tensor, Tensor.clone, dict(arguments)))
+            self.restore()
+            found = _Graph(self.source, self.checks).run(
+                *_pytree.tree_leaves(dict(arguments)), enable_io_processing=False
+            )
         except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
             return False
         finally:
             self.restore()
-        found = _Graph(self.source, self.checks).run(
-            *_pytree.tree_leaves(dict(arguments)), enable_io_processing=False
-        )
         return same_tensors(list(found), _pytree.tree_leaves(wanted))
 
     def _call(self, batch: int, own: Sequence[bool]) -> dict[str, Any]:

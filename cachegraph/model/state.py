@@ -78,6 +78,7 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
         for cache in _caches():
             if cache.cache_info().misses != calls.get(id(cache), 0) and _holds_symbols(cache):
                 cache.cache_clear()
+                calls[id(cache)] = 0
         _forget(sys.modules.keys() - imported)
 
     with _random_numbers(model):

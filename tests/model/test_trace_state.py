@@ -261,6 +261,17 @@ class Memoised(Base):
         return self.body(x + positions(4) + nested_positions(4)["all"][0], t)
 
 
+class MemoisedMethod(Base):
+    """Each model has values of its own in one cache."""
+
+    @functools.lru_cache  # noqa: B019 - that is the case
+    def positions(self, count: int) -> Tensor:
+        return torch.arange(float(count))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.body(x + self.positions(4), t)
+
+
 MODELS: dict[str, Callable[[], Base]] = {
     "object": lambda: in_an_object(Memory),
     "object with slots": lambda: in_an_object(Slotted),
@@ -283,6 +294,7 @@ MODELS: dict[str, Callable[[], Base]] = {
     "globals": InGlobals,
     "class": InTheClass,
     "memoised": Memoised,
+    "memoised method": MemoisedMethod,
 }
 
 
