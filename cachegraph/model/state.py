@@ -177,6 +177,7 @@ class _Notes:
         self.opaque: list[Any] = []  # objects of the model that nobody can look into
         self._notes: list[_Note | _Written] = []
         self._near: set[str] = set()  # packages that the model is written in
+        self._spaces: set[str] = set()  # Python modules whose variables are noted down
         self._seen: dict[int, Any] = {}  # the objects are kept alive, so that no id is used twice
         self._shared: list[Any] = []  # Python modules' variables
 
@@ -314,8 +315,8 @@ class _Notes:
     def _namespace(self, name: str) -> None:
         """Variables of a Python module, with what they hold."""
         module = None if _is_foreign(name) else sys.modules.get(name)
-        if module is not None and id(module) not in self._seen:
-            self._seen[id(module)] = module
+        if module is not None and name not in self._spaces:
+            self._spaces.add(name)
             self._shared.extend(self._variables(module, own=False))
 
     def _variables(self, owner: Any, own: bool) -> list[Any]:

@@ -418,31 +418,40 @@ def test_random_numbers_go_on() -> None:
     assert drawn() == wanted
 
 
+KEPT = """
+LAST = None
+def last(x):
+    global LAST
+    LAST = 0 * x + 2 if LAST is None else LAST
+    return LAST
+"""
+LATE = """
+{first}
+from tests.model import test_trace_state as own
+class Late(own.Base):
+    def forward(self, x, t):
+        {then}
+        return self.body(x * {call}(x), t)
+"""
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("imported", [False, True])
-def test_a_module_that_forward_imports(
-    imported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", ["new", "imported", "elsewhere"])
+def test_a_module_that_only_forward_asks(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / f"late{int(imported)}"
+    package = tmp_path / f"late_{case}"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "kept.py").write_text(
-        "LAST = None\n"
-        "def last(x):\n"
-        "    global LAST\n"
-        "    LAST = 0 * x + 2 if LAST is None else LAST\n"
-        "    return LAST\n"
-    )
-    (package / "model.py").write_text(
-        "from tests.model import test_trace_state as own\n"
-        "class Late(own.Base):\n"
-        "    def forward(self, x, t):\n"
-        f"        from {package.name}.kept import last\n"
-        "        return self.body(x * last(x), t)\n"
-    )
+    (package / "kept.py").write_text(KEPT)
+    (tmp_path / "kept_elsewhere.py").write_text(KEPT)
+    late = {"first": "", "then": f"from {package.name}.kept import last", "call": "last"}
+    if case == "elsewhere":
+        late = {"first": "import kept_elsewhere", "then": "", "call": "kept_elsewhere.last"}
+    (package / "model.py").write_text(LATE.format(**late))
     monkeypatch.syspath_prepend(tmp_path)
     model = importlib.import_module(f"{package.name}.model").Late().eval()
-    if imported:
+    if case == "imported":
         importlib.import_module(f"{package.name}.kept")
     trace(model, (X, T))
     assert type(model(X, T)) is Tensor
