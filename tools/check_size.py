@@ -38,7 +38,7 @@ BUDGETS = {
     "bench": 1_130,
     "train": 1_490,
     "images": 1_150,
-    "search": 1_860,
+    "search": 1_890,
     "report": 620,
     "cli": 2_040,
 }

@@ -154,13 +154,13 @@ def compare(
             plot=plot,
             progress=say,
         )
-    numbers = ("full steps", "seconds", "speed-up", "PSNR", "SSIM")
+    numbers = ("full steps", "seconds", "speed-up", "PSNR", "SSIM", "FLIP")
     table = plain_table("schedule", *numbers, "front", right=numbers)
     for one in found:
         psnr = "" if one.psnr is None else f"{one.psnr:.2f} dB"
-        ssim = "" if one.ssim is None else f"{one.ssim:.4f}"
-        cells = str(one.full_steps), f"{one.seconds:.3g}", f"{one.speedup:.2f}x", psnr, ssim
-        table.add_row(one.name, *cells, "*" if one.front else "")
+        similar = ["" if value is None else f"{value:.4f}" for value in (one.ssim, one.flip)]
+        cells = str(one.full_steps), f"{one.seconds:.3g}", f"{one.speedup:.2f}x", psnr
+        table.add_row(one.name, *cells, *similar, "*" if one.front else "")
     show(table, "", "front: no other is as good in less time, or better in as much")
     for path in (out, plot):
         if path is not None:

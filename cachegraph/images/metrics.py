@@ -7,7 +7,6 @@ Score; Kynkäänniemi et al. (2019), precision and recall. All but the last are 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -113,25 +112,21 @@ def paired(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
         total += float((10 * torch.log10(255**2 / error)).sum())
         ssim.update(*(part.permute(0, 3, 1, 2) for part in pair))
     found = {"psnr": total / len(one), "ssim": float(ssim.compute()) / len(one)}
-    flip = _flip()
-    if flip is not None:
-        found["flip"] = float(np.mean([flip(b, a) for a, b in zip(one, other, strict=True)]))
-    return found
+    flips = mean_flip(*(part.astype(np.float32) / 255 for part in (one, other)))
+    return found if flips is None else {**found, "flip": flips}
 
 
-def _flip() -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """NVIDIA's FLIP, reference first, if it is installed."""
+def mean_flip(test: np.ndarray, reference: np.ndarray) -> float | None:
+    """Mean FLIP (Andersson et al. 2020) of sRGB pairs ``(N, H, W, 3)``, float32 in [0, 1].
+
+    0 for equal images, towards 1; None where flip_evaluator is not installed.
+    """
     try:
         import flip_evaluator
     except ImportError:
         return None
-
-    def flip(reference: np.ndarray, test: np.ndarray) -> float:
-        scaled = (part.astype(np.float32) / 255 for part in (reference, test))
-        _, mean, _ = flip_evaluator.evaluate(*scaled, "LDR")
-        return float(mean)
-
-    return flip
+    pairs = zip(reference, test, strict=True)
+    return float(np.mean([flip_evaluator.evaluate(*pair, "LDR")[1] for pair in pairs]))
 
 
 def drift(one: np.ndarray, other: np.ndarray) -> list[float]:

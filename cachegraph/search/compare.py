@@ -12,11 +12,13 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cachegraph.calibrate.plot import check_plot_path
 from cachegraph.compiler.compile import assemble, build
 from cachegraph.compiler.sources import open_model
 from cachegraph.errors import InputError
+from cachegraph.images.metrics import mean_flip
 from cachegraph.model.trace import trace
 from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.schedule import Schedule, load_schedule
@@ -41,6 +43,7 @@ class Compared:
         speedup: over uncached.
         psnr: mean over images against uncached ones, in dB; None for these.
         ssim: mean likewise, where torchmetrics is installed and images are pictures.
+        flip: mean likewise, where flip_evaluator is.
         front: no other is as good in less time, or better in as much.
     """
 
@@ -50,6 +53,7 @@ class Compared:
     speedup: float
     psnr: float | None
     ssim: float | None
+    flip: float | None
     front: bool = False
 
 
@@ -106,7 +110,9 @@ def compare(
         progress(f"images of {name}", number, len(runners))
         made = {seed: images_of(run(runner, seed)) for seed in noises}
         decibels = [psnr for seed in noises for psnr in reference.psnr(seed, made[seed])]
-        quality[name] = fmean(decibels), _ssim(made, reference)
+        pair = _pictures(made, reference)
+        similar = (None, None) if pair is None else (_ssim(*pair), _flip(*pair))
+        quality[name] = fmean(decibels), *similar
     taken = _timed({UNCACHED: watched, **runners}, run, rounds, progress)
     found = _found(asked, taken, quality, runners)
     if out is not None:
@@ -148,33 +154,47 @@ def _timed(
 def _found(
     asked: dict[str, Schedule],
     taken: dict[str, list[float]],
-    quality: dict[str, tuple[float, float | None]],
+    quality: dict[str, tuple[float, float | None, float | None]],
     runners: dict[str, Runner],
 ) -> list[Compared]:
     seconds = {name: median(times) for name, times in taken.items()}
     best = front([Point(name, seconds[name], quality[name][0]) for name in asked])
     names = {point.name for point in best}
     steps = next(iter(asked.values())).steps
-    found = [Compared(UNCACHED, steps, seconds[UNCACHED], 1.0, None, None)]
+    found = [Compared(UNCACHED, steps, seconds[UNCACHED], 1.0, None, None, None)]
     for name in asked:
-        psnr, ssim = quality[name]
         full = runners[name].program.plan.full_steps()
         ratio = seconds[UNCACHED] / seconds[name]
-        found.append(Compared(name, full, seconds[name], ratio, psnr, ssim, name in names))
+        found.append(Compared(name, full, seconds[name], ratio, *quality[name], name in names))
     return found
 
 
-def _ssim(made: dict[int, Images], reference: Reference) -> float | None:
-    """Mean structural similarity, by torchmetrics; None where it is not there or does not fit."""
+def _pictures(made: dict[int, Images], reference: Reference) -> tuple[Tensor, Tensor] | None:
+    """Images and wanted ones ``(N, C, H, W)``, 0 to 1 where these are; None if no pictures."""
     images = torch.cat(list(made.values()))
     wanted = torch.cat([reference.images[seed] for seed in made])
-    if find_spec("torchmetrics") is None or images.ndim != 4:
+    if images.ndim != 4:
         return None
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     if images.shape[1] not in (1, 3, 4):  # pipelines may put channels last
         images, wanted = images.movedim(-1, 1), wanted.movedim(-1, 1)
     if images.shape[1] not in (1, 3, 4) or min(images.shape[2:]) < 16:
         return None
-    similar = structural_similarity_index_measure(images, wanted, data_range=reference.peak)
-    return float(torch.as_tensor(similar))
+    return (images - reference.low) / reference.peak, (wanted - reference.low) / reference.peak
+
+
+def _ssim(images: Tensor, wanted: Tensor) -> float | None:
+    """Mean structural similarity, by torchmetrics; None where it is not there."""
+    if find_spec("torchmetrics") is None:
+        return None
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return float(
+        torch.as_tensor(structural_similarity_index_measure(images, wanted, data_range=1.0))
+    )
+
+
+def _flip(images: Tensor, wanted: Tensor) -> float | None:
+    """Mean FLIP; a grey picture has three equal channels; of four the fourth is opacity."""
+    shown = [part[:, :3] for part in (images, wanted)]
+    one, other = (part.expand(-1, 3, -1, -1).movedim(1, -1).contiguous().numpy() for part in shown)
+    return mean_flip(one, other)

@@ -54,18 +54,21 @@ class Reference:
         images: seed -> images.
         peak: largest difference that two pixels can have: that of the range [0, 1] or [-1, 1] where
             all images lie in one of these, else of the images.
+        low: the least that a pixel can be, likewise.
     """
 
     images: dict[int, Images]
     peak: float
+    low: float
 
     @classmethod
     def of(cls, images: dict[int, Images]) -> Reference:
         """Images and the peak that they have together."""
         low = min(float(one.min()) for one in images.values())
         high = max(float(one.max()) for one in images.values())
-        peak = high - low if low < -1 or high > 1 else 2.0 if low < 0 else 1.0
-        return cls(images, peak)
+        if low < -1 or high > 1:
+            return cls(images, high - low, low)
+        return cls(images, 2.0, -1.0) if low < 0 else cls(images, 1.0, 0.0)
 
     def psnr(self, seed: int, images: Images) -> list[float]:
         """``10 log10(peak^2 / MSE)`` in dB of each image against the uncached one.

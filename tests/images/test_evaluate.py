@@ -74,9 +74,12 @@ def test_pairs() -> None:
     scaled = [torch.from_numpy(part).permute(0, 3, 1, 2) / 127.5 - 1 for part in (one, other)]
     assert found["psnr"] == pytest.approx(psnr(*scaled), abs=1e-4)
     assert 0.5 < found["ssim"] < 1
+    greys = [np.full((1, 16, 16, 3), grey, dtype=np.uint8) for grey in (100, 140)]
+    assert metrics.paired(*greys)["flip"] > 0.05
     same = metrics.paired(one, one)
     assert same["ssim"] == pytest.approx(1)
     assert same["psnr"] > 120
+    assert same["flip"] == 0
 
 
 def test_drift_is_relative() -> None:

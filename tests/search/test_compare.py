@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cachegraph.cli import app
 from cachegraph.errors import InputError
 from cachegraph.schedule.schedule import load_schedule
-from cachegraph.search.compare import _ssim, compare
+from cachegraph.search.compare import _flip, _pictures, _ssim, compare
 from cachegraph.search.images import Reference
 
 MODEL, SAMPLER = "tests.tiny:tiny", "tests.tiny:long_drift"
@@ -59,8 +59,27 @@ def test_schedules_that_cannot_be_compared(written: dict[str, Path], tmp_path: P
 
 def test_similarity_of_pictures() -> None:
     picture = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    reference = Reference.of({0: picture})
-    assert _ssim({0: picture}, reference) == pytest.approx(1)
-    assert _ssim({0: 1 - picture}, reference) < 0.5
-    assert _ssim({0: picture.movedim(1, -1)}, Reference.of({0: picture.movedim(1, -1)})) == 1
-    assert _ssim({0: picture[0, 0]}, reference) is None
+
+    def similar(one: torch.Tensor, other: torch.Tensor) -> tuple[float | None, float | None]:
+        pair = _pictures({0: one}, Reference.of({0: other}))
+        assert pair is not None
+        return _ssim(*pair), _flip(*pair)
+
+    assert similar(picture, picture) == (pytest.approx(1), 0)
+    ssim, flip = similar(1 - picture, picture)
+    assert ssim is not None
+    assert flip is not None
+    assert ssim < 0.5
+    assert flip > 0.3
+    # the same in another range, channels last, and outside of both ranges
+    assert similar(1 - 2 * picture, 2 * picture - 1) == (pytest.approx(ssim), pytest.approx(flip))
+    last = similar(1 - picture.movedim(1, -1), picture.movedim(1, -1))
+    assert last == (pytest.approx(ssim), pytest.approx(flip))
+    assert _pictures({0: picture[0, 0]}, Reference.of({0: picture[0, 0]})) is None
+
+
+def test_flip_of_black_and_white() -> None:
+    """The largest change there is, at the distance from the screen that FLIP assumes."""
+    black = torch.zeros(1, 3, 16, 16)
+    assert _flip(black + 1, black) == pytest.approx(0.967, abs=1e-3)
+    assert _flip(black + 1, black + 2) == 0  # nothing is whiter than white
