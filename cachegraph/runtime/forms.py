@@ -47,7 +47,7 @@ def no_form(
             continue
         check_sizes(program, inputs, device, but=names)
     leaves = _pytree.tree_leaves_with_path(programs[0].signature.bind(args, kwargs))
-    words = {_path(path): shown(leaf) for path, leaf in leaves}
+    words = _defaults(programs[0]) | {_path(path): shown(leaf) for path, leaf in leaves}
     return SessionError(
         "the call has none of the sizes that the loop was compiled for",
         expected=" or ".join(forms_in_words(programs)),
@@ -65,23 +65,31 @@ def differing(found: Sequence[Mapping[str, str]]) -> list[str]:
 def _of_program(program: Program) -> dict[str, str]:
     signature = program.signature
     words = {name: str(spec.renamed(program.names)) for name, spec in signature.inputs}
-    constants = (_constants(name, tree) for name, tree in signature.arguments.items())
-    return words | {name: shown(value) for found in constants for name, value in found}
+    return _defaults(program) | words | _constants(signature.arguments)
 
 
-def _constants(path: str, tree: Tree) -> Iterator[tuple[str, Any]]:
+def _defaults(program: Program) -> dict[str, str]:
+    """What arguments are where a call leaves them out."""
+    return _constants({p.name: p.default for p in program.signature.parameters if p.default})
+
+
+def _constants(trees: Mapping[str, Tree]) -> dict[str, str]:
+    return {at: shown(one) for name, tree in trees.items() for at, one in _leaves(name, tree)}
+
+
+def _leaves(path: str, tree: Tree) -> Iterator[tuple[str, Any]]:
     """What an argument holds beside tensors, under the names that tensors would have."""
     match tree:
         case {"const": value}:
             yield path, value
         case {"each": child}:
-            yield from _constants(path, child)
+            yield from _leaves(f"{path}.0", child)
         case {"dict": dict(children)}:
             for key, child in children.items():
-                yield from _constants(f"{path}.{key}", child)
+                yield from _leaves(f"{path}.{key}", child)
         case {"list": list(children)} | {"tuple": list(children)}:
             for number, child in enumerate(children):
-                yield from _constants(f"{path}.{number}", child)
+                yield from _leaves(f"{path}.{number}", child)
 
 
 def _path(path: Sequence[Any]) -> str:

@@ -43,9 +43,9 @@ class Drawer(nn.Module):
         self.place, self.qkv, self.proj = nn.Linear(2, W), nn.Linear(W, 3 * W), nn.Linear(W, W)
         self.mlp = nn.Sequential(nn.Linear(W, 4 * W), nn.GELU(), nn.Linear(4 * W, W))
 
-    def forward(self, x: Tensor, t: Tensor, side: int) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, side: int, scale: float = 1.0) -> Tensor:
         places = [[math.sin(i // side), math.cos(i % side)] for i in range(side * side)]
-        x = x + self.place(torch.tensor(places)) + t.view(-1, 1, 1)
+        x = x + scale * self.place(torch.tensor(places)) + t.view(-1, 1, 1)
         q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return x + self.mlp(x)
@@ -165,6 +165,16 @@ def test_another_size_in_mid_image_is_refused_or_begins_anew(
     alone = draw(cg.load(singles[3]), 3)
     found = [first, *(run(**call(step, 3)) for step in range(1, STEPS))]
     assert all(map(torch.equal, found, alone))
+
+
+def test_calls_of_one_size_may_differ_in_a_constant() -> None:
+    given = {"kwargs": call(0), "also": [{"scale": 3.0}], "backend": "eager"}
+    run = cg.compile(drawer(), FORA, **given).runner()
+    for scale in (1.0, 3.0):
+        found = [run(**call(step), scale=scale) for step in range(STEPS)]
+        assert relative_error(found[0], drawer()(**call(0), scale=scale)) <= 1e-6
+    run(**call(0), scale=1.0)
+    refused(lambda: run(**call(1), scale=3.0), "step 1: a call has", "expected scale 1.0; found")
 
 
 def test_a_size_that_is_not_there_is_refused_with_those_that_are(both: Path) -> None:
