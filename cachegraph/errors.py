@@ -91,7 +91,7 @@ class TooManyCallsError(SessionError):
 
 
 class UnfinishedWarning(UserWarning):
-    """A trajectory that ended before the schedule's last step."""
+    """A trajectory that ended before the schedule's last step, or seems to have done so."""
 
 
 def printable(text: str) -> str:

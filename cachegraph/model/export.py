@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils import _pytree
 from cachegraph.errors import ModelError, TraceError
 from cachegraph.spec import BATCH
 
+from .conditions import failed
 from .contents import Contents
 from .dynamic import (
     SEVERAL,
@@ -30,9 +33,10 @@ from .dynamic import (
 from .flex import write_out_flex_attention
 from .functional import functional
 from .guards import branches, conditions_of
-from .items import Items, batch_of, independent_items, one_more, two_items
+from .items import Items, agree_for_more, batch_of, independent_items, one_more, two_items
 from .lines import quiet, untraceable
 from .masks import without_masks
+from .one_item import OneItem
 from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
 from .signature import TIMESTEP_NAMES
 from .sizes import BRANCHES, batch_conditions, inputs_of, symbols_of, unknown_sizes
@@ -49,6 +53,7 @@ CHECKS = {
     aten.sym_constrain_range_for_size.default,
     aten._assert_async.msg,
 }
+_SMALL = range(2, 7)  # batches that are tried where items are taken one by one
 _AUTOCAST = "wrap_with_autocast"
 
 
@@ -85,6 +90,8 @@ def export(
     dynamic_batch: bool,
     by_item: bool,
     dynamic: Collection[str] = (),
+    *,
+    restore: Callable[[], None],
 ) -> Exported:
     """Export a module.
 
@@ -94,6 +101,7 @@ def export(
         dynamic_batch: let the batch vary where it can.
         by_item: where it cannot, export one item, if items do not depend on another.
         dynamic: names of sizes that have to vary, see :mod:`.dynamic`.
+        restore: puts back what a call of the model changed.
 
     Raises:
         ModelError: no input is a tensor with a batch, or there is no such size.
@@ -107,7 +115,7 @@ def export(
         )
     weights = (*model.parameters(), *model.buffers())
     runs = not any(tensor.is_meta for tensor in (*weights, *leaves))
-    attempt = _Attempt(model, arguments, runs, by_item, axes_of(arguments, dynamic))
+    attempt = _Attempt(model, arguments, runs, by_item, axes_of(arguments, dynamic), restore)
     try:
         found = attempt.run(dynamic_batch)
     except FixedSizeError as error:
@@ -139,6 +147,7 @@ class _Attempt:
     runs: bool  # the model has weights to run with
     by_item: bool
     axes: Axes | None
+    restore: Callable[[], None]
     reading: bool = False
 
     def run(self, dynamic_batch: bool) -> Exported:
@@ -192,9 +201,19 @@ class _Attempt:
             reason = f"{BRANCHES[0]} ({next(iter(asked.values()))}); {reason}"
         if conditions is None or (reason and batch == 1):
             return None, reason
+        lists = frozenset[str]() if reason else self._lists()
+        if not reason:
+            replaying = partial(Replaying, reads) if self.reading else nullcontext
+            one = OneItem(
+                *(self.model, example, program, source, lists, replaying, CHECKS),
+                *(self.runs, self.restore),
+            )
+            conditions += one.conditions(conditions)
+            sizes = symbols_of(inputs_of(program), leaves)
+            if (broken := failed(conditions, sizes)) is not None:
+                return None, f"{BRANCHES[1]} of one another way ({broken} for all others)"
         contents = contents_of(reads, _tensors(example), rows=True)
         found = Exported(program, source, self.arguments, conditions, reason, contents)
-        lists = frozenset[str]() if reason else self._lists()
         return replace(self._named(found), lists=lists), reason
 
     def _lists(self) -> frozenset[str]:
@@ -236,7 +255,11 @@ class _Attempt:
         several, items = self._independent()
         if items is None:
             return None
-        parts = [items.part(several, number) for number in range(items.count(several))]
+        tried = items.count(several)
+        others = (count for count in _SMALL if count not in (tried, tried + 1))
+        if not agree_for_more(self.model, items, several, others):
+            return None
+        parts = [items.part(several, number) for number in range(tried)]
         reads = [self._reads(part) for part in parts]
         if any(not same_reads(reads[0], other) for other in reads[1:]):
             return None
@@ -285,6 +308,8 @@ class _Attempt:
             reads = record(self.model, arguments)
         except Exception as error:
             raise untraceable(self.model, _tensors(arguments), error) from error
+        finally:
+            self.restore()
         leaves = _pytree.tree_leaves_with_path(dict(arguments))
         names = [str(path[-1]) for path, leaf in leaves if isinstance(leaf, Tensor)]
         for (_, place, _), read in reads.items():
@@ -300,11 +325,14 @@ class _Attempt:
         mode = Replaying(reads) if self.reading else listening if self.runs else nullcontext()
         try:
             with mode:
-                program, source = _export_once(self.model, arguments, batch, self.axes)
+                alone = copy_context()  # of what a forward sets in a context, nothing stays
+                program, source = alone.run(_export_once, self.model, arguments, batch, self.axes)
         except Exception as error:
             if listening.passed and not isinstance(error, ReadError):
                 raise ReadError(listening.passed) from error
             raise
+        finally:
+            self.restore()
         _inline_autocast(source)
         write_out_flex_attention(source)
         without_masks(source, CHECKS)

@@ -6,7 +6,7 @@ independently of one another. Such a model is traced with one item, and a call i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -50,14 +50,14 @@ class Items:
             lambda rows: rows[number : number + 1] if len(rows) > 1 else rows,  # one for all items
         )
 
-    def with_first(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a batch with its first item once more."""
-        return self._changed(
-            arguments,
-            lambda rows: (
-                [*rows, rows[0]] if isinstance(rows, list) else torch.cat([rows, rows[:1]])
-            ),
-        )
+    def repeated(self, arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """The arguments of so many items: those of a batch, and then once more from the first."""
+
+        def change(rows: Any) -> Any:
+            numbers = [number % len(rows) for number in range(count)]
+            return [rows[i] for i in numbers] if isinstance(rows, list) else rows[numbers]
+
+        return self._changed(arguments, change)
 
     def _changed(
         self, arguments: Mapping[str, Any], change: Callable[[Any], Any]
@@ -164,14 +164,45 @@ def _agrees(
     """Whether a batch, and one with its first item once more, is what its items are."""
     try:
         parts = [model(**_copied(items.part(arguments, i))) for i in range(batch)]
-        if not _same(joined(parts), whole):
+        if not same_tensors(joined(parts), whole):
             return False
-        return _same(joined([*parts, parts[0]]), model(**_copied(items.with_first(arguments))))
+        return same_tensors(
+            joined([*parts, parts[0]]), model(**_copied(items.repeated(arguments, batch + 1)))
+        )
     except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
         return False
 
 
-def _same(one: Any, other: Any) -> bool:
+@torch.no_grad()
+def agree_for_more(
+    model: nn.Module, items: Items, arguments: dict[str, Any], counts: Iterable[int]
+) -> bool:
+    """Whether batches of more items are what their items are.
+
+    A model may count its items (``if len(x) > 3``), and treat them otherwise from some number on.
+
+    Args:
+        model: is run on each batch, as far as memory allows.
+        items: how a batch is taken apart.
+        arguments: of some items, that are taken over and over.
+        counts: how many items.
+    """
+    batch = items.count(arguments)
+    parts = [model(**_copied(items.part(arguments, number))) for number in range(batch)]
+    try:
+        for count in counts:
+            whole = model(**_copied(items.repeated(arguments, count)))
+            if not same_tensors(joined([parts[i % batch] for i in range(count)]), whole):
+                return False
+    except torch.OutOfMemoryError:
+        return True
+    except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
+        return False
+    return True
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two results hold the same tensors, but for rounding."""
     pairs = list(zip(_tensors(one), _tensors(other), strict=False))
     return len(_tensors(one)) == len(_tensors(other)) and all(_close(a, b) for a, b in pairs)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import CustomObjArgument
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from cachegraph.spec import TensorSpec
@@ -61,4 +62,10 @@ def symbols_of(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str,
 
 def unknown_sizes(node: fx.Node) -> list[str]:
     """Symbols in a value's shape that only contents decide."""
-    return sorted(map(str, free_unbacked_symbols(node.meta.get("val"))))
+    value = node.meta.get("val")
+    return [] if is_object(value) else sorted(map(str, free_unbacked_symbols(value)))
+
+
+def is_object(value: Any) -> bool:
+    """Whether a value is something else than tensors and numbers: a generator of random ones."""
+    return isinstance(value, CustomObjArgument)

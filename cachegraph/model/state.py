@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
 import sys
+import sysconfig
+import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +31,10 @@ from cachegraph.errors import TraceError
 
 _CACHE = type(functools.lru_cache(lambda: None))
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_FOREIGN = {"torch", "sympy", "numpy", *sys.stdlib_module_names}  # no model's own code
+# No model's own code.
+_FOREIGN = {"torch", "sympy", "numpy", *sys.stdlib_module_names}
+_OWN = {__name__.partition(".")[0]}
+_INSTALLED = f"{sysconfig.get_path('purelib')}/"
 _HOLDERS = {"types", "collections", "weakref", "queue"}  # of these, what has attributes
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
@@ -39,7 +46,7 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     frozenset: tuple,
     types.MethodType: lambda found: (found.__self__, found.__func__),
     types.BuiltinFunctionType: lambda found: (),
-    types.ModuleType: lambda found: (),
+    threading.local: lambda found: (vars(found),),
     staticmethod: lambda found: (found.__func__,),
     classmethod: lambda found: (found.__func__,),
     property: lambda found: (found.fget, found.fset),
@@ -51,8 +58,11 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Put back whatever calls of a model in this context change.
+
+    Returns:
+        What does so at once, for calls that must not see what others left.
 
     Raises:
         TraceError: tensors of the trace stay in something that cannot be put back.
@@ -61,13 +71,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     notes.walk(model)
     calls = {id(cache): cache.cache_info().misses for cache in _caches()}
     held_before = {id(held) for held in notes.opaque if _holds_symbols(held)}  # another trace's
-    try:
-        yield
-    finally:
+    imported = set(sys.modules)
+
+    def restore() -> None:
         notes.restore()
         for cache in _caches():
             if cache.cache_info().misses != calls.get(id(cache), 0) and _holds_symbols(cache):
                 cache.cache_clear()
+        _forget(sys.modules.keys() - imported)
+
+    with _random_numbers(model):
+        try:
+            yield restore
+        finally:
+            restore()
     for held in notes.opaque:
         if id(held) not in held_before and _holds_symbols(held):
             raise TraceError(
@@ -76,6 +93,60 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 expected="state in attributes, containers, closures or functools.cache",
                 remedy="build the model anew, and compile it without that state",
             )
+
+
+@contextmanager
+def _random_numbers(model: nn.Module) -> Iterator[None]:
+    """Let random numbers go on afterwards where they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
+        yield
+    random.setstate(python)
+    np.random.set_state(arrays)
+
+
+def _forget(names: Iterable[str]) -> None:
+    """Python modules that were imported meanwhile and hold tensors of a trace are so anew."""
+    for name in names:
+        module = sys.modules[name]
+        if not _is_foreign(name) and _holds_symbols(module):
+            del sys.modules[name]
+            parent, _, leaf = name.rpartition(".")
+            if getattr(sys.modules.get(parent), leaf, None) is module:
+                delattr(sys.modules[parent], leaf)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a tensor or an array held; a parameter may be given other memory, but not written to."""
+
+    holder: Any
+    memory: Any
+    version: int
+    copy: Any
+
+    @classmethod
+    def of(cls, found: Any) -> _Written:
+        if not isinstance(found, Tensor):
+            return cls(found, found, 0, found.copy())
+        kept = isinstance(found, nn.Parameter) or found.is_meta
+        memory = found.detach()
+        return cls(found, memory, _version(found), None if kept else memory.clone())
+
+    def restore(self) -> None:
+        if isinstance(self.holder, Tensor):
+            if self.holder.data_ptr() != self.memory.data_ptr():
+                self.holder.data = self.memory
+            if self.copy is not None and _version(self.holder) != self.version:
+                with torch.no_grad():
+                    self.memory.copy_(self.copy)
+        elif not np.array_equal(self.holder, self.copy):
+            self.holder[...] = self.copy
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -104,12 +175,18 @@ class _Notes:
 
     def __init__(self) -> None:
         self.opaque: list[Any] = []  # objects of the model that nobody can look into
-        self._notes: list[_Note] = []
+        self._notes: list[_Note | _Written] = []
+        self._near: set[str] = set()  # packages that the model is written in
+        self._spaces: set[str] = set()  # Python modules whose variables are noted down
         self._seen: dict[int, Any] = {}  # the objects are kept alive, so that no id is used twice
         self._shared: list[Any] = []  # Python modules' variables
 
     def walk(self, model: nn.Module) -> None:
         """Note down everything; what belongs to the model alone comes first."""
+        self._near = {type(one).__module__.partition(".")[0] for one in model.modules()} - _OWN
+        for name in list(sys.modules):  # a forward may import
+            if name.partition(".")[0] in self._near and not _is_foreign(name):
+                self._namespace(name)
         for own, found in ((True, [model]), (False, self._shared)):
             while found:
                 one = found.pop()
@@ -132,10 +209,31 @@ class _Notes:
             return self._cell(found, own)
         if isinstance(found, type):
             return self._class(found, own)
+        if own and (isinstance(found, np.ndarray) or type(found) in (Tensor, nn.Parameter)):
+            self._notes.append(_Written.of(found))
+        if isinstance(found, torch.Generator):
+            return self._generator(found, own)
+        if isinstance(found, types.ModuleType):
+            return self._module(found)
         for kind, parts in _PARTS.items():
             if isinstance(found, kind):
                 return parts(found)
         return self._object(found, own)
+
+    def _module(self, found: types.ModuleType) -> Iterable[Any]:
+        """A Python module of the model's, or of anybody who installs nothing."""
+        name = found.__name__
+        file = getattr(found, "__file__", None) or _INSTALLED
+        package = name.partition(".")[0]
+        if package in self._near or not (package in _OWN or file.startswith(_INSTALLED)):
+            self._namespace(name)
+        return ()
+
+    def _generator(self, found: torch.Generator, own: bool) -> list[Any]:
+        def write(before: list[Any]) -> None:
+            found.set_state(before[0])
+
+        return self._note(found, own, lambda: [found.get_state()], write)
 
     def _object(self, found: Any, own: bool) -> Iterable[Any]:
         origin = type(found).__module__
@@ -216,9 +314,9 @@ class _Notes:
 
     def _namespace(self, name: str) -> None:
         """Variables of a Python module, with what they hold."""
-        module = sys.modules.get(name)
-        if module is not None and id(module) not in self._seen:
-            self._seen[id(module)] = module
+        module = None if _is_foreign(name) else sys.modules.get(name)
+        if module is not None and name not in self._spaces:
+            self._spaces.add(name)
             self._shared.extend(self._variables(module, own=False))
 
     def _variables(self, owner: Any, own: bool) -> list[Any]:

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from .lines import line_of_node
 from .signature import CallSignature, call_arguments, make_signature
 from .site import Site
 from .sites import find_sites
-from .sizes import symbols_of, unknown_sizes
+from .sizes import is_object, symbols_of, unknown_sizes
 from .stack import find_stack
 from .state import unchanged
 from .wrapped import refuse_wrapped
@@ -102,9 +103,10 @@ def trace(
             remedy="call model.eval() first",
         )
     arguments = call_arguments(model, args, kwargs or {})
-    with unchanged(model), torch.no_grad(), warnings.catch_warnings():
+    with unchanged(model) as restore, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
-        exported = export(model, arguments, dynamic_batch, by_item, checked_names(dynamic))
+        how = dynamic_batch, by_item, checked_names(dynamic)
+        exported = copy_context().run(export, model, arguments, *how, restore=restore)
     flat = _flatten(exported.source, len(_pytree.tree_leaves(dict(exported.arguments))))
     return _finish(model, flat, exported)
 
@@ -228,6 +230,8 @@ def _refuse_unknown_shape(node: fx.Node) -> None:
         found = f"{node.name} makes {', '.join(unknown)}, which only contents decide"
     elif node.op == "get_attr" and "val" not in node.meta and node.users:
         found = f"{next(iter(node.users)).name} takes the function {node.target}"
+    elif is_object(node.meta.get("val")) and node.users:
+        found = f"{next(iter(node.users)).name} takes the object {node.name}"
     else:
         return
     raise TraceError(

@@ -54,6 +54,7 @@ class Runner(nn.Module):
         functions: one compiled graph a variant.
         recorder: as given.
         forms: runners for calls of each form, where the artifact has several; else this one alone.
+        checked_steps: before which the weights are compared with those that were compiled.
     """
 
     def __init__(
@@ -85,6 +86,9 @@ class Runner(nn.Module):
         self._prologues = prologues or Prologues()
         self._weights = dict(weights)
         self._stamp = stamp(weights)
+        # At the last step, what was given back would be read again.
+        last = 0 if self._prologues.released is not None else len(program.steps) - 1
+        self.checked_steps = {0, last}
         first = next(iter(weights.values()))
         self.device: torch.device = first.device
         self.dtype: torch.dtype = next(
@@ -228,8 +232,8 @@ class Runner(nn.Module):
         """Refuse to run with weights that were written to after they were compiled.
 
         Raises:
-            SessionError: one was, in place (writes through ``.data`` are seen where they replace
-                the memory).
+            SessionError: one was, in place; writes through ``.data`` are seen by a few numbers of
+                each weight.
         """
         refuse_changed(self._weights, self._stamp)
 

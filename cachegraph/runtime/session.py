@@ -137,9 +137,10 @@ class Session:
         said = self._step_index if step is None else step
         position = self._locate(runner, branch, inputs, said)
         shapes = _shapes_of(inputs)
+        if position.step in runner.checked_steps:
+            runner.check_weights()
         if position.step == 0:
             runner.check_inputs(inputs, self._branch_name)
-            runner.check_weights()
             self._begin(runner, branch, shapes, position)
         elif runner is not branch.runner or shapes != branch.shapes:
             self._refuse_change(runner, branch, shapes, position.step)

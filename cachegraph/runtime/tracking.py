@@ -96,10 +96,33 @@ class Tracking:
                 expected=self._expected(position),
                 remedy=_REPEATED if time is not None and step == position.step else "",
             )
-        moved = self._moved(position, step, time)
+        seen = (
+            _at_a_glance(inputs[self.input]) if self.counting and self.input is not None else time
+        )
+        self._warn_of_another(position, step, seen, link)
+        moved = replace(self._moved(position, step, time), time=seen)
         # Noise falls along a trajectory: where the first latents hang together, all later ones do.
         goes_on = step == 1 or (step > 1 and position.continuous)
         return replace(moved, continuous=goes_on and link is Link.FOLLOWS)
+
+    def _warn_of_another(
+        self, position: Position, step: int, time: float | None, link: Link
+    ) -> None:
+        """Tell of what looks like another image where that cannot be known."""
+        before = position.time
+        if step == 1 and link is Link.APART:
+            found = "the latent of step 1 was not made from that of step 0"
+        elif step == 0 or not self.counting or time is None or before is None or time == before:
+            return
+        elif (time < before) is self.ascending:
+            found = f"time goes back at step {step}, as steps are counted"
+        else:
+            return
+        warnings.warn(
+            f"{found}: if an image was aborted this one is wrong; call reset() after one",
+            UnfinishedWarning,
+            stacklevel=5,
+        )
 
     def _begun_anew(self, position: Position, time: float) -> int:
         """The step of another image's call at a time that could be the next one of the last."""
@@ -246,6 +269,11 @@ def timestep_of(timestep: Tensor) -> float:
             remedy="say it: run(..., step=s)",
         )
     return float(values.pop())
+
+
+def _at_a_glance(timestep: Tensor) -> float | None:
+    """A call's timestep where nothing has to be waited for."""
+    return float(timestep.flatten()[0]) if timestep.is_cpu and timestep.numel() else None
 
 
 def checked_timesteps(timesteps: Sequence[float], steps: int, ascending: bool) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ COMPUTED = {
     "digits-smoothcache": Fraction(35, 2),
     "digits-goc": Fraction(18),
     "digits-harmonica-10": Fraction(143, 24),
+    "digits-harmonica-20": Fraction(279, 24),
     "digits-taylorseer": Fraction(18),
 }
 GAIN = {"digits-goc": 5.0, "digits-taylorseer": 6.0}  # dB over fora-n3

@@ -40,6 +40,13 @@ FORMS: dict[str, Callable[[Tensor], bool]] = {
     "half": lambda x: x.shape[0] / 2 > 1.2,
     "chunks": lambda x: len(x.chunk(3)) == 2,  # torch asks, not the model
     "check": lambda x: torch._check(x.shape[0] < 5) is not None,
+    # Of these, torch.export leaves no word.
+    "one less": lambda x: bool(x.shape[0] - 1),
+    "squeezed": lambda x: x.squeeze(0).ndim == 2,
+    "turned": lambda x: x.transpose(0, 1).is_contiguous(),
+    "bytes": lambda x: x.nbytes > 200,
+    "counted": lambda x: len(x) > 3,
+    "a number": lambda x: int(x.shape[0]) == 5,
 }
 
 
@@ -85,6 +92,11 @@ def test_every_batch_is_right_or_refused(form: str, example: int) -> None:
         ("% 2 == 0", 1, {1}),  # it is traced with a batch of two
         ("in (2, 3)", 2, {2}),
         ("check", 2, {1, 2, 3, 4}),
+        ("one less", 2, {2, 3, 4, 5, 6}),
+        ("one less", 1, {1}),
+        ("squeezed", 2, {2, 3, 4, 5, 6}),
+        ("squeezed", 1, {1}),
+        ("turned", 5, {2, 3, 4, 5, 6}),
     ],
 )
 def test_which_batches_are_right(form: str, example: int, right: set[int]) -> None:
@@ -176,7 +188,9 @@ def test_a_model_that_fixes_its_batch_takes_its_own_example(batch: int, by_item:
         assert torch.equal(cg.load(artifact)(*call(batch), step=0), model(*call(batch)))
 
 
-@pytest.mark.parametrize("form", ["> 3", "== 1", "% 2 == 0", "in (2, 3)", "half"])
+@pytest.mark.parametrize(
+    "form", ["> 3", "== 1", "% 2 == 0", "in (2, 3)", "half", "one less", "turned", "counted"]
+)
 @pytest.mark.parametrize("example", [1, 2, 5])
 def test_a_compiled_loop_is_right_for_every_batch_or_refuses_it(form: str, example: int) -> None:
     model = Guarded(FORMS[form]).eval()

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import random
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cachegraph.errors import TraceError
 from cachegraph.model.trace import trace
+from tests import keeps
 
 X, T = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.25])
 GLOBAL: dict[int, Tensor] = {}
+CONTEXT: ContextVar[Any] = ContextVar("context", default=None)
 LATEST: Tensor | None = None
 
 
@@ -196,6 +205,41 @@ class WithForwardReplaced(Base):
         self.mlp.forward = forward
 
 
+def in_a_thread() -> Base:
+    found = threading.local()
+    return Keeps(lambda: getattr(found, "last", None), lambda value: setattr(found, "last", value))
+
+
+def in_a_context() -> Base:
+    return Keeps(lambda: CONTEXT.get(), CONTEXT.set)
+
+
+class InWeakKeys(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.mlp not in self.kept:
+            self.kept[self.mlp] = 0 * x + 2
+        return self.body(x * self.kept[self.mlp], t)
+
+
+class InAnotherModule(Base):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.body(x + keeps.table(4), t)
+
+
+class InAnArray(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = np.zeros(1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(x * float(self.calls[0]), t)
+
+
 class InGlobals(Base):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         global LATEST
@@ -234,6 +278,11 @@ MODELS: dict[str, Callable[[], Base]] = {
     "namespace": in_a_namespace,
     "hook": WithHook,
     "forward replaced": WithForwardReplaced,
+    "thread": in_a_thread,
+    "context": in_a_context,
+    "weak keys": InWeakKeys,
+    "another module": InAnotherModule,
+    "array": InAnArray,
     "globals": InGlobals,
     "class": InTheClass,
     "memoised": Memoised,
@@ -242,6 +291,8 @@ MODELS: dict[str, Callable[[], Base]] = {
 
 def fresh(name: str) -> Base:
     GLOBAL.clear()
+    keeps.TABLES.clear()
+    CONTEXT.set(None)
     InTheClass.shared.clear()
     positions.cache_clear()
     nested_positions.cache_clear()
@@ -303,3 +354,105 @@ def test_state_that_cannot_be_put_back_is_refused() -> None:
 
     with pytest.raises(TraceError, match="Generator keeps values between calls in a generator"):
         trace(Generator().eval(), (X, T))
+
+
+# --- what is written to memory that is there
+
+
+class Writes(Base):
+    """Counts its calls in memory; reads a number, so that it is called with data, too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.register_buffer("counted", torch.zeros(()))
+        self.plain = torch.zeros(())
+        self.kind, self.random = kind, torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor, t: Tensor, lengths: Tensor) -> Tensor:
+        x = x * lengths.tolist()[0]
+        match self.kind:
+            case "buffer":
+                self.counted += 1
+            case "tensor":
+                self.plain.add_(1)
+            case "generator":
+                x = x + torch.randn(3, 4, generator=self.random)
+            case "weight":
+                self.mlp[0].weight.data = self.mlp[0].weight.data * 1.5
+        return self.body(x * (1 + self.counted + self.plain), t)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["buffer", "tensor", "generator", "weight"])
+def test_a_model_that_is_refused_for_what_it_writes_is_as_it_was(kind: str) -> None:
+    def made() -> Writes:
+        torch.manual_seed(0)
+        return Writes(kind).eval()
+
+    call, twin, model = (X, T, torch.tensor([2, 2])), made(), made()
+    for one in (twin, model):
+        one(*call)
+    with pytest.raises(TraceError):
+        trace(model, call)
+    for _ in range(2):
+        assert torch.equal(model(*call), twin(*call))
+
+
+def test_random_numbers_go_on() -> None:
+    class Draws(Base):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x = x + random.random() + np.random.random()
+            return torch.cat([self.body(x[i : i + 1] + 0 * torch.randn(3, 4), t) for i in (0, 1)])
+
+    def drawn() -> tuple[float, ...]:
+        return random.random(), np.random.random(), float(torch.rand(()))
+
+    def seeded() -> None:
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+    seeded()
+    wanted = drawn()
+    model = Draws().eval()
+    seeded()
+    trace(model, (X, T[:1]))
+    assert drawn() == wanted
+
+
+KEPT = """
+LAST = None
+def last(x):
+    global LAST
+    LAST = 0 * x + 2 if LAST is None else LAST
+    return LAST
+"""
+LATE = """
+{first}
+from tests.model import test_trace_state as own
+class Late(own.Base):
+    def forward(self, x, t):
+        {then}
+        return self.body(x * {call}(x), t)
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["new", "imported", "elsewhere"])
+def test_a_module_that_only_forward_asks(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / f"late_{case}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "kept.py").write_text(KEPT)
+    (tmp_path / "kept_elsewhere.py").write_text(KEPT)
+    late = {"first": "", "then": f"from {package.name}.kept import last", "call": "last"}
+    if case == "elsewhere":
+        late = {"first": "import kept_elsewhere", "then": "", "call": "kept_elsewhere.last"}
+    (package / "model.py").write_text(LATE.format(**late))
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module(f"{package.name}.model").Late().eval()
+    if case == "imported":
+        importlib.import_module(f"{package.name}.kept")
+    trace(model, (X, T))
+    assert type(model(X, T)) is Tensor
+    assert torch.equal(model(X, T), model(X, T))

@@ -127,6 +127,32 @@ def test_an_image_that_begins_at_the_very_next_timestep_is_refused(compiled: Com
     assert relative_error(sample(run, 2), wanted(compiled, 2)) <= 1e-5
 
 
+@pytest.mark.parametrize("said", [None, TIMES])
+def test_an_image_aborted_after_its_first_step_is_told(
+    compiled: Compiled, said: list[float] | None
+) -> None:
+    """A sampler of fresh noise looks the same, so it is no error."""
+    run = cg.load(compiled.artifact(), timesteps=said)
+    sample(run, 1, TIMES[:1])
+    with pytest.warns(UnfinishedWarning, match=r"the latent of step 1 .* call reset\(\) after one"):
+        sample(run, 2, TIMES[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(cg.load(compiled.artifact(), timesteps=said), 2)
+
+
+def test_time_that_goes_back_while_steps_are_counted_is_told(compiled: Compiled) -> None:
+    run = cg.load(compiled.artifact(), track="count")
+    sample(run, 1, TIMES[:4])
+    with pytest.warns(UnfinishedWarning, match="time goes back at step 4, as steps are counted"):
+        sample(run, 2)
+    run.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(run, 1, [900, 900, 700, 700, 500, 500])  # Heun's
+        sample(run, 2)
+
+
 def test_a_run_of_too_many_steps_teaches_nothing(compiled: Compiled) -> None:
     run, nine = compiled.runner(), list(range(900, 0, -100))
     refused(lambda: sample(run, 1, nine), "call 7 of 6")
@@ -251,9 +277,24 @@ def test_an_unfinished_trajectory_is_told_at_exit(compiled: Compiled, tmp_path: 
 # --- weights that change
 
 
-def changed(model: torch.nn.Module) -> None:
-    with torch.no_grad():
-        next(model.parameters()).add_(1.0)
+def in_place(weight: Tensor) -> None:
+    weight.add_(1e-3)
+
+
+def as_loras_are_fused(weight: Tensor) -> None:
+    weight.data += 1e-3
+
+
+def through_numpy(weight: Tensor) -> None:
+    weight.detach().numpy()[...] += 1e-3
+
+
+WRITES = [in_place, as_loras_are_fused, through_numpy]
+
+
+@torch.no_grad()
+def changed(model: torch.nn.Module, write: Callable[[Tensor], None] = in_place) -> None:
+    write(model.get_parameter("blocks.0.mlp.fc1.weight"))
 
 
 def compiled_of(model: torch.nn.Module) -> cg.Artifact:
@@ -261,15 +302,27 @@ def compiled_of(model: torch.nn.Module) -> cg.Artifact:
     return cg.compile(model, schedule, dit_steps(1)[0], backend="eager")
 
 
-def test_weights_written_to_afterwards_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_written_to_afterwards_are_refused(
+    write: Callable[[Tensor], None], tmp_path: Path
+) -> None:
     model = tiny_dit()
     artifact = compiled_of(model)
     saved = artifact.save(tmp_path / "before.cgraph")
     before, run = sample(cg.load(artifact), 1), cg.load(artifact)
-    changed(model)
+    changed(model, write)
     for use in (lambda: sample(run, 1), lambda: cg.load(artifact), lambda: artifact.save(saved)):
         refused(use, "was changed after it was compiled", "compile the model again")
     assert torch.equal(sample(cg.load(saved), 1), before)  # what was saved has its own
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_written_to_in_mid_image_are_refused(write: Callable[[Tensor], None]) -> None:
+    model = tiny_dit()
+    run = cg.load(compiled_of(model))
+    sample(run, 1, TIMES[:3])
+    changed(model, write)
+    refused(lambda: sample(run, 1, TIMES[3:]), "was changed after it was compiled")
 
 
 def test_new_tensors_in_the_model_do_not_reach_what_was_compiled() -> None:
