@@ -172,7 +172,7 @@ def edit(folder: Path, rng: random.Random) -> None:
     path = rng.choice([folder / MANIFEST, folder / MANIFEST, *graphs])
     data = json.loads(path.read_text())
     if path.name == MANIFEST:
-        data["program"] = damage_data(data["program"], rng)
+        data["forms"] = damage_data(data["forms"], rng)
     else:
         data = damage_data(data, rng)
     path.write_text(json.dumps(data))

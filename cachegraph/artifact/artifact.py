@@ -49,8 +49,10 @@ from .manifest import (
     MANIFEST,
     PROVENANCE,
     SCHEDULE,
+    Form,
     Manifest,
     digest_in,
+    form_folder,
     plan_file,
     record,
 )
@@ -84,6 +86,8 @@ class Artifact:
             first of them.
         provenance_text: where the nodes of the graphs come from, as JSON; empty where that is
             not known.
+        forms: artifacts of the same model, plans and weights for calls of other forms: sizes that
+            do not vary, other constants.
     """
 
     program: Program
@@ -98,6 +102,7 @@ class Artifact:
     saved: dict[Path, str] = field(default_factory=dict)
     plans: Mapping[str, tuple[str, OtherPlan]] = field(default_factory=dict)
     provenance_text: str = ""
+    forms: tuple[Artifact, ...] = ()
     stamp: Stamp = field(init=False)
 
     def __post_init__(self) -> None:
@@ -134,7 +139,9 @@ class Artifact:
         """``Artifact(fora, 50 steps, 2 variants, aoti, cpu)``."""
         method, steps = self.schedule.policy.method, len(self.program.steps)
         variants = f"{len(self.graphs)} variant{'s' if len(self.graphs) > 1 else ''}"
-        return f"Artifact({method}, {steps} steps, {variants}, {self.backend}, {self.device})"
+        sizes = f"{len(self.forms) + 1} forms, " if self.forms else ""
+        said = f"{steps} steps, {variants}, {sizes}{self.backend}"
+        return f"Artifact({method}, {said}, {self.device})"
 
     def plan(self, name: str) -> Artifact:
         """The artifact of one of its plans, with the graphs that this runs.
@@ -161,6 +168,7 @@ class Artifact:
             prologues={n: self.prologues[n] for n in self.prologues if n in names},
             texts=tuple(self.texts[index] for index in used),
             plans={},
+            forms=tuple(form.plan(name) for form in self.forms),
         )
 
     def runner(
@@ -209,6 +217,19 @@ class Artifact:
             fits = timesteps is not None and len(timesteps) == len(program.steps)
             alone = runner if number == 0 else make(program, timesteps if fits else None)
             runner.plans[name] = alone
+        others = [
+            form.runner(
+                track=track,
+                backend=chosen.name,
+                timesteps=timesteps,
+                cuda_graphs=cuda_graphs,
+                release=release,
+            )
+            for form in self.forms
+        ]
+        for name, alone in runner.plans.items():
+            alone.forms = (alone, *(other.plans[name] for other in others))
+        runner.forms = (runner, *others)
         return runner
 
     def _released(self, backend: str, exact: bool) -> Released:
@@ -225,7 +246,8 @@ class Artifact:
         """
         for module in (*self.graphs, *self.prologues.values()):
             relink(module, weights)
-        return replace(self, weights=weights)
+        forms = tuple(form.with_weights(weights) for form in self.forms)
+        return replace(self, weights=weights, forms=forms)
 
     def functions(self, backend: str | None = None) -> list[StepFunction]:
         """One function of flat tensors a variant.
@@ -277,6 +299,8 @@ class Artifact:
             BackendError: unknown backend, or one that cannot take the graphs.
         """
         chosen = get_backend(backend or self.backend)
+        for form in self.forms:
+            form.compile_ahead(chosen.name, progress)
         if not isinstance(chosen, AheadOfTime) or chosen.name in self.compiled:
             return
         folder = Path(tempfile.mkdtemp(prefix="cachegraph-"))
@@ -308,21 +332,43 @@ class Artifact:
         refuse_foreign(target, MANIFEST, "artifact")
         with written_whole(target) as partial:
             self._write(partial, progress, origin)
-        compiled = target / COMPILED / self.backend
-        if os.path.isdir(compiled):  # no error: it is saved
-            self.compiled[self.backend] = compiled
-            self.saved[target] = digest_in(target)
+        for number, form in enumerate((self, *self.forms)):
+            compiled = target / form_folder(number) / COMPILED / self.backend
+            if os.path.isdir(compiled):  # no error: it is saved
+                form.compiled[self.backend] = compiled
+                form.saved[target] = digest_in(target)
         return target
 
     def _write(self, folder: Path, progress: Progress, origin: Origin | None) -> None:
+        forms = (self, *(replace(form, backend=self.backend) for form in self.forms))
+        places = [folder / form_folder(number) for number in range(len(forms))]
         # First, for it needs the memory that weights take which are mapped and were not read yet.
-        self._write_compiled(folder / COMPILED / self.backend, progress)
+        for place, form in zip(places, forms, strict=True):
+            form._write_compiled(place / COMPILED / self.backend, progress)
         stored, aliases = distinct(self.weights)
         digests = save_weights(stored, folder / WEIGHTS_FILE)
         (folder / SCHEDULE).write_text(self.schedule_text)
         for name, (text, _) in self.plans.items():
             (folder / plan_file(name)).write_text(text)
-        (folder / GRAPHS).mkdir()
+        for place, form in zip(places, forms, strict=True):
+            form._write_graphs(place)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        Manifest(
+            torch=torch.__version__.split("+")[0],
+            backend=self.backend,
+            files={str(p.relative_to(folder)): record(p) for p in files},
+            weights=digests,
+            aliases=aliases,
+            forms=tuple(
+                Form(form.program, {name: other for name, (_, other) in form.plans.items()})
+                for form in forms
+            ),
+            made_from=origin.digest if origin is not None and origin.unchanged() else None,
+        ).write(folder)
+
+    def _write_graphs(self, folder: Path) -> None:
+        """Graphs and where they come from; the schedules are those of all forms."""
+        (folder / GRAPHS).mkdir(parents=True)
         names = [layout.name for layout in self.program.variants]
         for name, text in zip(names, self.texts, strict=True):
             (folder / GRAPHS / f"{name}.txt").write_text(text)
@@ -331,17 +377,6 @@ class Artifact:
             lines = ",\n".join(json.dumps(node) for node in graph_to_json(module.graph))
             (folder / GRAPHS / f"{name}.json").write_text(f"[\n{lines}\n]\n")
         (folder / PROVENANCE).write_text(self.provenance_text)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        Manifest(
-            torch=torch.__version__.split("+")[0],
-            backend=self.backend,
-            files={str(p.relative_to(folder)): record(p) for p in files},
-            weights=digests,
-            aliases=aliases,
-            program=self.program,
-            plans={name: other for name, (_, other) in self.plans.items()},
-            made_from=origin.digest if origin is not None and origin.unchanged() else None,
-        ).write(folder)
 
     def _write_compiled(self, folder: Path, progress: Progress) -> None:
         """What the backend compiled ahead of time, if it does."""

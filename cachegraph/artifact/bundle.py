@@ -17,6 +17,7 @@ from typing import Any
 from cachegraph.backends import Progress
 from cachegraph.backends.named import NamedGraph, named_graphs, named_prologues
 from cachegraph.backends.onnx.backend import Onnx
+from cachegraph.errors import ArtifactError
 from cachegraph.folders import refuse_foreign, written_whole
 from cachegraph.graph.weights import WEIGHTS_FILE, distinct, save_weights
 from cachegraph.runtime.known import REQUEST, prologue_name
@@ -101,10 +102,16 @@ def export_onnx(artifact: Artifact, path: str | Path, progress: Progress) -> Pat
         progress: is told what is being done.
 
     Raises:
-        ArtifactError: ``path`` exists and is no such folder.
+        ArtifactError: ``path`` exists and is no such folder, or the artifact is for several sizes.
         BackendError: the graphs cannot be converted.
     """
     target = Path(path)
+    if artifact.forms:
+        raise ArtifactError(
+            "an artifact for calls of several sizes is no one loop",
+            expected="one size, or sizes that vary",
+            remedy="compile one for each size, and export those",
+        )
     refuse_foreign(target, LOOP, "exported loop")
     artifact.compile_ahead("onnx", progress)
     graphs = named_graphs(artifact.program, artifact.graphs)

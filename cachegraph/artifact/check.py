@@ -7,7 +7,7 @@ compute something else: so program, graphs, weights and signature are compared w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from cachegraph.graph.interface import Interface, Port, Role
 from cachegraph.graph.weights import is_stored
 from cachegraph.model.conditions import failed
 from cachegraph.runtime.known import REQUEST, prologue_name
-from cachegraph.runtime.program import Made, Program, Step
+from cachegraph.runtime.program import Made, OtherPlan, Program, Step
 from cachegraph.runtime.tracking import checked_timesteps
 from cachegraph.spec import TensorSpec
 
@@ -54,11 +54,33 @@ def check_program(
         _steps(program),
     )
     for problem in (*(p for check in checks for p in check), *_graphs(program, graphs, weights)):
-        raise ArtifactError(
-            f"the parts of the artifact do not fit together: {problem}",
-            place=place,
-            remedy="compile it again",
-        )
+        raise _misfit(problem, place)
+
+
+def check_forms(forms: Sequence[tuple[Program, Mapping[str, OtherPlan]]], place: str) -> None:
+    """Refuse forms of call that are not of the same plans.
+
+    Args:
+        forms: program and plans of each.
+        place: of the artifact, for the error.
+
+    Raises:
+        ArtifactError: there is none, or two differ in more than a form may.
+    """
+    asked = []
+    for program, plans in forms:
+        every = (program, *(program.with_plan(other) for other in plans.values()))
+        steps = [(len(one.steps), one.timesteps, one.ascending) for one in every]
+        asked.append((tuple(plans), steps))
+    if not asked:
+        raise _misfit("there is no form of call", place)
+    if any(one != asked[0] for one in asked):
+        raise _misfit("the forms of call are of different plans", place)
+
+
+def _misfit(problem: str, place: str) -> ArtifactError:
+    what = f"the parts of the artifact do not fit together: {problem}"
+    return ArtifactError(what, place=place, remedy="compile it again")
 
 
 def _whole(program: Program) -> Iterator[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.graph.serialise import graph_from_json, weights_module
@@ -18,7 +19,7 @@ from cachegraph.runtime.runner import Runner
 from cachegraph.runtime.tracking import Track
 
 from .artifact import Artifact
-from .check import check_program, graph_names
+from .check import check_forms, check_program, graph_names
 from .manifest import (
     COMPILED,
     GRAPHS,
@@ -26,6 +27,7 @@ from .manifest import (
     PROVENANCE,
     SCHEDULE,
     Manifest,
+    form_folder,
     plan_file,
     read_file,
     read_manifest,
@@ -134,10 +136,28 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
         verify_weights(folder / WEIGHTS_FILE, manifest.weights)
     weights = load_weights(folder / WEIGHTS_FILE, device)
     weights.update({alias: weights[name] for alias, name in manifest.aliases.items()})
-    program = manifest.program
-    graphs = {name: _content(contents, f"{GRAPHS}/{name}.json") for name in graph_names(program)}
+    check_forms([(form.program, form.plans) for form in manifest.forms], str(folder))
+    first, *others = [
+        _form(number, folder, manifest, contents, weights, device)
+        for number in range(len(manifest.forms))
+    ]
+    return replace(first, forms=tuple(others))
+
+
+def _form(
+    number: int,
+    folder: Path,
+    manifest: Manifest,
+    contents: Mapping[str, bytes],
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+) -> Artifact:
+    """What the artifact is for one form of call."""
+    program, plans = manifest.forms[number].program, manifest.forms[number].plans
+    at = f"{form_folder(number)}/".removeprefix("/")
+    graphs = {n: _content(contents, f"{at}{GRAPHS}/{n}.json") for n in graph_names(program)}
     check_program(program, graphs, weights, str(folder))
-    for other in manifest.plans.values():
+    for other in plans.values():
         check_program(program.with_plan(other), {}, weights, str(folder))
 
     def read(name: str) -> fx.GraphModule:
@@ -148,23 +168,24 @@ def _read(folder: Path, manifest: Manifest, device: torch.device, verify: bool) 
         return fx.GraphModule(root, graph)
 
     variants = [layout.name for layout in program.variants]
-    backends = {name.split("/")[1] for name in contents if name.startswith(f"{COMPILED}/")}
+    backends = {
+        name.removeprefix(at).split("/")[1]
+        for name in contents
+        if name.startswith(f"{at}{COMPILED}/")
+    }
     return Artifact(
         program=program,
         schedule_text=_content(contents, SCHEDULE),
         graphs=LazySequence(LazyMapping(variants, read)),
         prologues=LazyMapping([name for name in graphs if name not in variants], read),
-        texts=tuple(_content(contents, f"{GRAPHS}/{name}.txt") for name in variants),
+        texts=tuple(_content(contents, f"{at}{GRAPHS}/{name}.txt") for name in variants),
         weights=weights,
         backend=manifest.backend,
         device=device,
-        compiled={name: folder / COMPILED / name for name in sorted(backends)},
+        compiled={name: folder / at / COMPILED / name for name in sorted(backends)},
         saved={folder: manifest.digest},
-        plans={
-            name: (_content(contents, plan_file(name)), other)
-            for name, other in manifest.plans.items()
-        },
-        provenance_text=contents.get(PROVENANCE, b"").decode(),
+        plans={name: (_content(contents, plan_file(name)), plans[name]) for name in plans},
+        provenance_text=contents.get(f"{at}{PROVENANCE}", b"").decode(),
     )
 
 

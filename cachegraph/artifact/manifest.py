@@ -19,7 +19,7 @@ from cachegraph.runtime.program import OtherPlan, Program
 
 from .data import DataError, from_data, to_data
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 SCHEDULE = "schedule.yaml"
 COMPILED = "compiled"
@@ -37,6 +37,19 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What an artifact is for one form of call.
+
+    Attributes:
+        program: what the steps do.
+        plans: by name, where there are several; that of the program is the first.
+    """
+
+    program: Program
+    plans: Mapping[str, OtherPlan]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that an artifact says of itself.
 
@@ -46,8 +59,7 @@ class Manifest:
         files: by their names in the folder, the manifest's own left out.
         weights: name -> SHA-256 of the tensor's bytes.
         aliases: name -> the weight that it is another name of.
-        program: what the steps do.
-        plans: by name, where there are several; that of the program is the first.
+        forms: one for each form of call.
         made_from: digest of all that it was made from, where that can be told.
     """
 
@@ -56,8 +68,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     weights: Mapping[str, str]
     aliases: Mapping[str, str]
-    program: Program
-    plans: Mapping[str, OtherPlan]
+    forms: tuple[Form, ...]
     made_from: str | None
 
     @cached_property
@@ -183,6 +194,11 @@ def reading(folder: Path) -> Iterator[None]:
             place=str(error.filename or folder),
             found=error.strerror or str(error),
         ) from error
+
+
+def form_folder(number: int) -> str:
+    """Where graphs of one of several forms lie in the folder; those of the first at its top."""
+    return f"forms/{number}" if number else ""
 
 
 def plan_file(name: str) -> str:

@@ -12,6 +12,7 @@ from cachegraph.errors import CachegraphError, InputError
 
 from .options import (
     CODE,
+    AlsoOption,
     ArchOption,
     DisableOption,
     DynamicOption,
@@ -40,6 +41,7 @@ class _Options:
     backend: str
     arch: str | None
     inputs: list[str]
+    also: list[str]
     static_batch: bool
     dynamic: list[str]
     varying: list[str]
@@ -58,6 +60,7 @@ def compile_model(
     ] = "inductor",
     arch: ArchOption = None,
     inputs: InputOption = None,
+    also: AlsoOption = None,
     static_batch: StaticOption = False,
     dynamic: DynamicOption = None,
     varying: VaryingOption = None,
@@ -73,8 +76,8 @@ def compile_model(
     asked = _asked(schedules)
     _check(backend, disable or [], out)
     name, first = "-".join(asked), next(iter(asked.values()))
-    vary = dynamic.replace(" ", "").split(",") if dynamic else []
-    how = _Options(backend, arch, inputs or [], static_batch, vary, varying or [], disable or [])
+    inputs, also, varying, disable = inputs or [], also or [], varying or [], disable or []
+    how = _Options(backend, arch, inputs, also, static_batch, _names(dynamic), varying, disable)
     with progress() as say:
         say("looking for what is there already")
         others = asked if len(asked) > 1 else {}
@@ -96,6 +99,10 @@ def compile_model(
     if kept:
         show("up to date: made before from the same model, schedule and options")
     _show_artifact(f"{title}, {name}", artifact, target)
+
+
+def _names(text: str | None) -> list[str]:
+    return text.replace(" ", "").split(",") if text else []
 
 
 def _check(backend: str, disable: list[str], out: Path | None) -> None:
@@ -120,40 +127,34 @@ def _asked(schedules: list[str]) -> dict[str, Schedule]:
 
 def _make(source: Source, asked: dict[str, Schedule], how: _Options, say: Say) -> Artifact:
     """The artifact of all schedules, in memory."""
-    from cachegraph.compiler.compile import assemble, build
-    from cachegraph.compiler.join import join
+    from cachegraph.compiler.compile import compile_all, example_inputs
+    from cachegraph.compiler.sources import more_examples
 
-    made: dict[str, Artifact] = {}
-    traced = None
-    for name, schedule in asked.items():
-        built = build(
-            source.model,
-            schedule,
-            source.args,
-            source.kwargs,
-            dynamic_batch=not how.static_batch,
-            dynamic=how.dynamic,
-            varying=how.varying,
-            disable=how.disable,
-            traced=traced,
-            progress=say,
-        )
-        traced = built.traced
-        made[name] = assemble(built, how.backend)
+    example = example_inputs(source.model, source.args, source.kwargs)
+    made = compile_all(
+        source.model,
+        asked,
+        [example, *(((), more) for more in more_examples(source, how.also))],
+        how.backend,
+        dynamic_batch=not how.static_batch,
+        dynamic=how.dynamic,
+        varying=how.varying,
+        disable=how.disable,
+        progress=say,
+    )
     say("writing the artifact")
-    return join(made)
+    return made
 
 
 def _show_artifact(heading: str, artifact: Artifact, path: Path) -> None:
     """What was compiled, and where it is."""
     from cachegraph.show.picture import size, summary
-    from cachegraph.show.view import choices, view_artifact
+    from cachegraph.show.view import choices, parts_of, view_artifact
 
     heading += choices(artifact.program.varying, artifact.program.disabled)
-    for name in artifact.plans or (None,):
-        view = view_artifact(artifact if name is None else artifact.plan(name))
-        title = heading if name is None else f"{heading}: plan {name}"
-        show(summary(title, view.plan, view.cost, view.batch_text))
+    for title, one in parts_of(artifact):
+        view = view_artifact(one)
+        show(summary(f"{heading}{title}", view.plan, view.cost, view.batch_text))
     written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     show(f"artifact  {path}, {size(written)}, backend {artifact.backend}")
 
@@ -192,15 +193,18 @@ def verify(
 def _check_integrity(artifact: Path) -> None:
     """Every file and weight against its digest, the parts against each other."""
     from cachegraph.artifact.load import load_artifact
+    from cachegraph.show.view import parts_of
 
     with progress() as say:
         say("reading the artifact")
         found = load_artifact(artifact)
-        for module in (*found.graphs, *found.prologues.values()):
-            module.graph.lint()
-        plan = found.program.plan
-    variants = f"{len(plan.variants)} variants, {len(found.weights)} weights"
-    show(f"{artifact}: whole: {plan.steps} steps, {variants}")
+        parts = parts_of(found)
+        for _, one in parts:
+            for module in (*one.graphs, *one.prologues.values()):
+                module.graph.lint()
+    for title, one in parts:
+        variants = f"{len(one.graphs)} variants, {len(one.weights)} weights"
+        show(f"{artifact}{title}: whole: {len(one.program.steps)} steps, {variants}")
 
 
 def _compare(
@@ -210,16 +214,19 @@ def _compare(
     from cachegraph.compiler.sources import open_model
     from cachegraph.oracle.trial import compare, reference_of
     from cachegraph.show.picture import plain_table
+    from cachegraph.show.view import parts_of
 
     with progress() as say:
         say("reading the artifact")
         compiled = load_artifact(artifact)
-        steps = _calls(count, len(compiled.program.steps))
+        parts = [(one, _calls(count, len(one.program.steps))) for _, one in parts_of(compiled)]
         say("loading the model")
         source = open_model(model, arch=arch, need_inputs=False)
-        say("tracing the model")
-        reference = reference_of(compiled, source.model, seed)
-        errors = compare(compiled.runner(), reference, steps, seed, say)
+        errors = []
+        for part, steps in parts:
+            say("tracing the model")
+            reference = reference_of(part, source.model, seed)
+            errors += compare(part.runner(), reference, steps, seed, say)
     worst = sorted(errors, key=lambda one: -one.error)
     found = plain_table("step", "variant", "relative L2 error", right=("step", "relative L2 error"))
     for one in worst[:5]:

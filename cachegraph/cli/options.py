@@ -60,8 +60,17 @@ InputOption = Annotated[
     typer.Option(
         "--input",
         metavar="NAME=SHAPE:DTYPE",
-        help="An example input, such as x=2,4,32,32:f32; once for each. The first dimension of "
-        "the first one is the batch.",
+        help="An example input, such as x=2,4,32,32:f32, or height=32 for a constant; once for "
+        "each. The first dimension of the first one is the batch.",
+    ),
+]
+AlsoOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        metavar="INPUTS",
+        help="Inputs of another size that the artifact is to take, too, where sizes do not vary: "
+        "what differs from the example, such as 'x=2,4,48,32:f32 height=48'; once for each.",
     ),
 ]
 OutOption = Annotated[
@@ -114,6 +123,14 @@ VariantOption = Annotated[
     str | None,
     typer.Option(
         "--variant", metavar="VARIANT", help="Show this variant's graph with its provenance."
+    ),
+]
+PartOption = Annotated[
+    int | None,
+    typer.Option(
+        "--part",
+        metavar="N",
+        help="Of an artifact of several plans or sizes, the N-th of those that the overview shows.",
     ),
 ]
 DiffOption = Annotated[

@@ -20,6 +20,7 @@ from .options import (
     HtmlOption,
     InputOption,
     MaybeSchedule,
+    PartOption,
     ScheduleOption,
     ShapesArgument,
     SitesOption,
@@ -173,6 +174,7 @@ def inspect(
         typer.Option(metavar="FILE.png", help="Draw which tokens digits recomputes at each step."),
     ] = None,
     html: HtmlOption = None,
+    part: PartOption = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
@@ -195,37 +197,40 @@ def inspect(
         _draw_tokens(what, schedule, tokens, [n for n in for_models if n != "--schedule"])
         return
     if files := onnx_files(what):
-        if for_models or any(asked):
+        if for_models or any(asked) or part:
             raise InputError("ONNX files take no options", place=what)
         show(*onnx_report(files))
         return
     if html is not None:
-        write_report(request, schedule, html)
-        return
-    if is_artifact(what):
-        view, heading = read_view(what, for_models)
-    elif schedule is None and sites and not disable:
+        write_report(request, schedule, html, part=part)
+    elif sites and schedule is None and not disable and not is_artifact(what):
         show(sites_table(request.trace()[0].sites))
-        return
     else:
-        view, _, heading = request.build(needed_schedule(schedule, what))
-    _show_parts(view, heading, variant, diff, dot, sites)
+        _show_parts(views_of(request, schedule, part), variant, diff, dot, sites)
 
 
 def _show_parts(
-    view: View,
-    heading: str,
+    views: Sequence[tuple[View, str]],
     variant: str | None,
     diff: tuple[str, str] | None,
     dot: Path | None,
     sites: bool,
 ) -> None:
-    """What was asked for; else an overview, and what each pass did where that is known."""
+    """What was asked for; else an overview, and what each pass did where that is known.
+
+    Args:
+        views: with what to call them; the overview is of all, all else of the first.
+        variant: whose graph to show, or to draw.
+        diff: two variants to compare.
+        dot: where to draw to.
+        sites: list them.
+    """
     from cachegraph.graph.text import dot as graph_dot
     from cachegraph.show.difference import show_difference, show_variant
     from cachegraph.show.picture import overview
     from cachegraph.show.view import passes_table, sites_table
 
+    view = views[0][0]
     if sites:
         show(sites_table(view.plan.sites))
     elif diff:
@@ -240,9 +245,10 @@ def _show_parts(
     elif variant:
         typer.echo(view.texts[view.variant(variant)], nl=False)
     else:
-        show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
-        if view.reports:
-            show("", passes_table(view.reports))
+        for view, heading in views:
+            show(overview(heading, view.plan, view.cost, view.batch_text, *room()))
+            if view.reports:
+                show("", passes_table(view.reports))
 
 
 def _draw_tokens(what: str, schedule: str | None, path: Path, unused: Sequence[str]) -> None:
@@ -275,10 +281,32 @@ def needed_schedule(schedule: str | None, model: str) -> str:
     raise InputError(what, place=model, remedy="only --sites does without")
 
 
-def read_view(path: str, options: Sequence[str]) -> tuple[View, str]:
-    """An artifact and what to call it; it goes with no option for models."""
+def views_of(request: Request, schedule: str | None, part: int | None) -> list[tuple[View, str]]:
+    """What there is to see of an artifact or a model, with headings.
+
+    Args:
+        request: the artifact or model.
+        schedule: of a model.
+        part: of an artifact, that plan and form of call alone.
+
+    Raises:
+        InputError: an option does not go with it.
+    """
+    if is_artifact(request.model):
+        views = _read_views(request.model, request.given(schedule))
+        if not 1 <= (part or 1) <= len(views):
+            raise InputError("--part: there is no such part", expected=f"1 to {len(views)}")
+        return views if part is None else views[part - 1 : part]
+    if part is not None:
+        raise InputError("--part goes with an artifact only", place=request.model)
+    view, _, heading = request.build(needed_schedule(schedule, request.model))
+    return [(view, heading)]
+
+
+def _read_views(path: str, options: Sequence[str]) -> list[tuple[View, str]]:
+    """An artifact, for each plan and form of call, and what to call it."""
     from cachegraph.artifact.load import load_artifact
-    from cachegraph.show.view import choices, view_artifact
+    from cachegraph.show.view import choices, parts_of, view_artifact
 
     if options:
         raise InputError(
@@ -290,4 +318,5 @@ def read_view(path: str, options: Sequence[str]) -> tuple[View, str]:
         say("reading the artifact")
         artifact = load_artifact(path)
     chosen = choices(artifact.program.varying, artifact.program.disabled)
-    return view_artifact(artifact), f"{Path(path).name}, backend {artifact.backend}{chosen}"
+    heading = f"{Path(path).name}, backend {artifact.backend}{chosen}"
+    return [(view_artifact(one), heading + title) for title, one in parts_of(artifact)]

@@ -15,11 +15,12 @@ from .options import (
     DisableOption,
     InputOption,
     MaybeSchedule,
+    PartOption,
     SizeOption,
     WhatArgument,
 )
-from .output import is_artifact, progress, show
-from .plan import Request, needed_schedule, read_view
+from .output import progress, show
+from .plan import Request, views_of
 
 if TYPE_CHECKING:
     from cachegraph.show.view import View
@@ -45,6 +46,7 @@ def report(
             metavar="FILE.json", help="What bench --out, compare --out or search wrote, to show."
         ),
     ] = None,
+    part: PartOption = None,
     arch: ArchOption = None,
     inputs: InputOption = None,
     input_size: SizeOption = None,
@@ -54,7 +56,7 @@ def report(
     if as_json and out is not None:
         raise InputError("--json and --out exclude each other")
     request = Request(what, arch, inputs or (), input_size, disable or ())
-    write_report(request, schedule, out, as_json, figures)
+    write_report(request, schedule, out, as_json, figures, part)
 
 
 def write_report(
@@ -63,6 +65,7 @@ def write_report(
     out: Path | None = None,
     as_json: bool = False,
     figures: Path | None = None,
+    part: int | None = None,
 ) -> None:
     """Write a report of an artifact, or of what a model would become.
 
@@ -72,6 +75,7 @@ def write_report(
         out: the file; report.html by default.
         as_json: write the data to stdout instead.
         figures: a file of them, to be shown beside.
+        part: of an artifact of several plans or forms of call, which; else the first.
 
     Raises:
         InputError: the file's name is not of a page, or an option does not fit.
@@ -81,7 +85,8 @@ def write_report(
     target = out or Path("report.html")
     if target.suffix.lower() not in (".html", ".htm"):
         raise InputError("a report is a page", place=str(target), expected="a name with .html")
-    view, title, name = _view(request, schedule)
+    view, title = views_of(request, schedule, part)[0]
+    name = Path(schedule or request.model).stem
     data = _data(view, title, name, schedule if request.model == _DIGITS else None, figures)
     if as_json:
         typer.echo(json.dumps(data, indent=1))
@@ -91,16 +96,6 @@ def write_report(
     show(
         f"{target}: open it in a browser; {target.stat().st_size / 1e6:.1f} MB, complete in itself"
     )
-
-
-def _view(request: Request, schedule: str | None) -> tuple[View, str, str]:
-    """What is shown, the report's title, and the name of the schedule."""
-    if is_artifact(request.model):
-        view, title = read_view(request.model, request.given(schedule))
-        return view, title, Path(request.model).stem
-    asked = needed_schedule(schedule, request.model)
-    view, _, title = request.build(asked)
-    return view, title, Path(asked).stem
 
 
 def _data(

@@ -14,18 +14,21 @@ from torch import Tensor, nn
 from cachegraph.artifact.artifact import Artifact
 from cachegraph.artifact.data import to_data
 from cachegraph.backends import Progress, check_all, get_backend
-from cachegraph.errors import ModelError
+from cachegraph.errors import InputError, ModelError
 from cachegraph.graph.provenance import Provenance
 from cachegraph.graph.step_graph import StepGraph
 from cachegraph.graph.text import graph_text
 from cachegraph.model.export import changing
+from cachegraph.model.signature import call_arguments
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.passes import passes_without
 from cachegraph.plan.plan import Plan
+from cachegraph.runtime.fit import inputs_of
 from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import Schedule, load_schedule
 
 from .cost import PlanCost, plan_cost
+from .join import join, join_forms, with_own_names
 from .pipeline import PassReport, module_weights, rewrite
 from .program import make_program, named_prologues
 from .provenance import make_provenance
@@ -104,10 +107,8 @@ def build(
     say = progress or (lambda _: None)
     asked, passes = load_schedule(schedule), passes_without(disable)
     if traced is None:
-        say("tracing the model")
-        args, kwargs = example_inputs(model, args, kwargs)
         how: Any = {"dynamic_batch": dynamic_batch, "by_item": by_item, "dynamic": dynamic}
-        traced = trace(model, args, kwargs, **how)
+        traced = _traced(model, args, kwargs, progress, **how)
     for one in traced.contents:
         if (name := traced.signature.inputs[one.input][0]) in varying:
             raise changing(one.place, name)
@@ -138,6 +139,7 @@ def compile(
     dynamic: Sequence[str] = (),
     varying: Sequence[str] = (),
     disable: Sequence[str] = (),
+    also: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model's denoising loop under a schedule; the model itself is not changed.
@@ -157,6 +159,9 @@ def compile(
         varying: inputs that differ from step to step, beside the first one and the timestep. All
             others must stay the same throughout a trajectory.
         disable: names of exact optimisations to leave out: ``slice-columns``, ``hoist-known``.
+        also: calls of other sizes that the artifact is to take, too, where sizes do not vary: for
+            each what differs from the example inputs, by name. A trajectory has the form of its
+            first call.
         progress: is told what is being done.
 
     Returns:
@@ -165,19 +170,18 @@ def compile(
     Raises:
         InputError: the schedule, the model or the backend cannot be used.
     """
-    get_backend(backend)  # a wrong name is told before any work
-    built = build(
+    asked = load_schedule(schedule)
+    artifact = compile_all(
         model,
-        schedule,
-        args,
-        kwargs,
+        {asked.policy.method: asked},
+        [example_inputs(model, args, kwargs), *(((), more) for more in also)],
+        backend,
         dynamic_batch=dynamic_batch,
         dynamic=dynamic,
         varying=varying,
         disable=disable,
         progress=progress,
     )
-    artifact = assemble(built, backend)
     say = progress or (lambda _: None)
     if out is None:
         artifact.compile_ahead(progress=say)
@@ -185,6 +189,77 @@ def compile(
         say("writing the artifact")
         artifact.save(out, say)
     return artifact
+
+
+def compile_all(
+    model: nn.Module,
+    schedules: Mapping[str, Schedule],
+    examples: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
+    backend: str,
+    *,
+    varying: Sequence[str] = (),
+    disable: Sequence[str] = (),
+    progress: Progress | None = None,
+    **sizes: Any,
+) -> Artifact:
+    """One artifact, in memory, of every schedule for every form of call.
+
+    Args:
+        model: in eval mode.
+        schedules: by the names of their plans.
+        examples: inputs of one call for each form; of all but the first what differs from that one.
+        backend: what runs the graphs.
+        varying: see :func:`compile`, as for all that follows.
+        disable: see there.
+        progress: see there.
+        sizes: which of them vary: ``dynamic_batch`` and ``dynamic``.
+
+    Raises:
+        InputError: one of them cannot be used, or two examples have one form.
+    """
+    get_backend(backend)  # wrong names are told before any work
+    passes_without(disable)
+    made: list[Artifact] = []
+    for number, (args, kwargs) in enumerate(examples):
+        if number:
+            args, kwargs = (), {**call_arguments(model, *examples[0]), **kwargs}
+        if any(inputs_of(one.program, args, kwargs, one.device) is not None for one in made):
+            raise InputError(
+                "two calls have one form",
+                place=f"also[{number - 1}]",
+                expected="other sizes or constants than those that are compiled already",
+                remedy="leave it out",
+            )
+        traced = _traced(model, args, kwargs, progress, **sizes)
+        with_own_names(traced, {k: w for one in made for k, w in one.weights.items()}, number)
+        plans = {
+            name: assemble(
+                build(
+                    model,
+                    schedule,
+                    varying=varying,
+                    disable=disable,
+                    traced=traced,
+                    progress=progress,
+                ),
+                backend,
+            )
+            for name, schedule in schedules.items()
+        }
+        made.append(join(plans))
+    return join_forms(made)
+
+
+def _traced(
+    model: nn.Module,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    progress: Progress | None,
+    **sizes: Any,
+) -> TracedModel:
+    if progress is not None:
+        progress("tracing the model")
+    return trace(model, *example_inputs(model, args, kwargs), **sizes)
 
 
 def assemble(built: Build, backend: str) -> Artifact:

@@ -1,4 +1,4 @@
-"""Several plans in one artifact: weights once, and graphs that are equal once."""
+"""Several plans or forms of call in one artifact: weights once, graphs of plans if equal once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from cachegraph.artifact.artifact import Artifact
 from cachegraph.artifact.data import to_data
@@ -15,6 +16,7 @@ from cachegraph.errors import ScheduleError
 from cachegraph.graph.interface import Role
 from cachegraph.graph.provenance import NodeFlops, PassRecord, Provenance
 from cachegraph.graph.step_graph import merge_prologues
+from cachegraph.model.trace import TracedModel
 from cachegraph.runtime.known import REQUEST, prologue_name
 from cachegraph.runtime.program import OtherPlan, Program, VariantLayout
 
@@ -62,6 +64,48 @@ def join(artifacts: Mapping[str, Artifact]) -> Artifact:
         plans=plans,
         provenance_text=json.dumps(to_data(union.provenance(artifacts), Provenance)),
     )
+
+
+def join_forms(artifacts: Sequence[Artifact]) -> Artifact:
+    """One artifact for calls of several forms, each with all plans; weights are there once.
+
+    Args:
+        artifacts: one a form, in memory, of the same plans; weights of one name are the same.
+    """
+    weights = {name: weight for one in artifacts for name, weight in one.weights.items()}
+    first, *others = (one.with_weights(weights) for one in artifacts)
+    return replace(first, forms=tuple(others))
+
+
+def with_own_names(traced: TracedModel, taken: Mapping[str, Tensor], number: int) -> None:
+    """Give weights of a trace other names where another trace calls something else so.
+
+    Tracing makes constants, such as tables of positions, and numbers them.
+
+    Args:
+        traced: the model; its graph is changed.
+        taken: weights of the other traces.
+        number: of this one, for the names.
+    """
+    module = traced.module
+    for node in module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        path, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(path)
+        value = getattr(holder, leaf)
+        if not isinstance(value, Tensor) or name not in taken or _same(value, taken[name]):
+            continue
+        own = f"{leaf}_form{number}"
+        if not hasattr(holder, own):
+            holder.register_buffer(own, value)
+        node.target = f"{path}.{own}".removeprefix(".")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return same or torch.equal(one, other)
 
 
 class _Union:

@@ -70,7 +70,7 @@ def open_model(
             model; with ``shapes_only`` or ``random_weights`` also an architecture such as
             ``DiT-XL/2``.
         arch: architecture of a weights file.
-        inputs: example inputs, each ``NAME=SHAPE:DTYPE``.
+        inputs: example inputs, each ``NAME=SHAPE:DTYPE``, or ``NAME=VALUE`` for a constant.
         shapes_only: no weights are needed: the model may be on the meta device.
         random_weights: an architecture gets random weights.
         input_size: height and width of the (latent) image of an architecture.
@@ -87,6 +87,27 @@ def open_model(
         return source
     example = (source.args or (), source.kwargs or {}) if not has_own else own() if own else None
     return Source(source.model, (), complete(source.model, example, asked, text), source.name)
+
+
+def more_examples(source: Source, also: Sequence[str]) -> list[dict[str, Any]]:
+    """Calls of other sizes: inputs that differ from a source's own, a text for each.
+
+    Args:
+        source: the model with an example call.
+        also: for each call such inputs as for :func:`open_model`, with spaces between them.
+
+    Raises:
+        InputError: one cannot be read, or the model has no such input.
+    """
+    own = getattr(source.model, "example_inputs", None)
+    has_none = source.args is None and source.kwargs is None
+    example = own() if has_none and own is not None else (source.args or (), source.kwargs or {})
+    found = []
+    for text in also:
+        asked = parse_inputs(text.split(), "--also")
+        whole = complete(source.model, example, asked, f"--also {text}")
+        found.append({name: whole[name] for name in asked})
+    return found
 
 
 def model_files(text: str) -> list[Path] | None:

@@ -18,7 +18,6 @@ from torch.utils import _pytree
 from cachegraph.errors import ModelError, TraceError
 from cachegraph.spec import BATCH
 
-from .batches import SMALL, Batches
 from .conditions import failed
 from .contents import Contents
 from .dynamic import (
@@ -37,6 +36,7 @@ from .guards import branches, conditions_of
 from .items import Items, agree_for_more, batch_of, independent_items, one_more, two_items
 from .lines import quiet, untraceable
 from .masks import without_masks
+from .one_item import OneItem
 from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
 from .signature import TIMESTEP_NAMES
 from .sizes import BRANCHES, batch_conditions, inputs_of, symbols_of, unknown_sizes
@@ -53,6 +53,7 @@ CHECKS = {
     aten.sym_constrain_range_for_size.default,
     aten._assert_async.msg,
 }
+_SMALL = range(2, 7)  # batches that are tried where items are taken one by one
 _AUTOCAST = "wrap_with_autocast"
 
 
@@ -203,11 +204,11 @@ class _Attempt:
         lists = frozenset[str]() if reason else self._lists()
         if not reason:
             replaying = partial(Replaying, reads) if self.reading else nullcontext
-            calls = Batches(
+            one = OneItem(
                 *(self.model, example, program, source, lists, replaying, CHECKS),
                 *(self.runs, self.restore),
             )
-            conditions += calls.conditions(conditions)
+            conditions += one.conditions(conditions)
             sizes = symbols_of(inputs_of(program), leaves)
             if (broken := failed(conditions, sizes)) is not None:
                 return None, f"{BRANCHES[1]} of one another way ({broken} for all others)"
@@ -255,7 +256,7 @@ class _Attempt:
         if items is None:
             return None
         tried = items.count(several)
-        others = (count for count in SMALL if count not in (1, tried, tried + 1))
+        others = (count for count in _SMALL if count not in (tried, tried + 1))
         if not agree_for_more(self.model, items, several, others):
             return None
         parts = [items.part(several, number) for number in range(tried)]

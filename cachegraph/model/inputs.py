@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from cachegraph.spec import DTYPES, TensorSpec
 from .signature import TIMESTEP_NAMES, call_arguments
 
 FORM = "NAME=SHAPE:DTYPE, such as x=2,4,32,32:f32"
+CONSTANT = "or NAME=VALUE for a constant in JSON, such as height=32"
 
 _NAMED = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _SHORT = {name: dtype for name, dtype in DTYPES.items() if name not in _NAMED}
@@ -23,16 +26,24 @@ _DTYPES = _SHORT | {name: dtype for name, dtype in _NAMED.items() if dtype in _S
 _TIME = 500  # of a batch whose timestep nobody said: amid the usual 1000
 
 
-def parse_input(text: str) -> tuple[str, TensorSpec]:
-    """Name, shape and dtype of an example input.
+def parse_input(text: str, option: str = "--input") -> tuple[str, Any]:
+    """Name and value of an example input: shape and dtype of a tensor, or a constant.
+
+    Args:
+        text: as on the command line.
+        option: that has it, for errors.
 
     Raises:
         InputError: the text has another form, or one of its parts cannot be read.
     """
-    place = f"--input {text}"
+    place = f"{option} {text}"
     match = re.fullmatch(r"([^=]+)=([^:]*):([^:]+)", text)
     if match is None:
-        raise InputError("not an input", place=place, expected=FORM)
+        name, _, value = text.partition("=")
+        with suppress(ValueError):
+            if name.strip():
+                return name.strip(), json.loads(value)
+        raise InputError("not an input", place=place, expected=f"{FORM}; {CONSTANT}")
     name, shape, dtype = (part.strip() for part in match.groups())
     sizes = [part.strip() for part in shape.split(",")] if shape else []
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
@@ -52,18 +63,18 @@ def parse_input(text: str) -> tuple[str, TensorSpec]:
     return name, TensorSpec(tuple(map(int, sizes)), known)
 
 
-def parse_inputs(texts: Iterable[str]) -> dict[str, TensorSpec]:
-    """Every ``--input`` by name.
+def parse_inputs(texts: Iterable[str], option: str = "--input") -> dict[str, Any]:
+    """Every input of an option by name, see :func:`parse_input`.
 
     Raises:
         InputError: one cannot be read, or a name is given twice.
     """
-    found: dict[str, TensorSpec] = {}
+    found: dict[str, Any] = {}
     for text in texts:
-        name, spec = parse_input(text)
+        name, value = parse_input(text, option)
         if name in found:
-            raise InputError(f"input {name!r} is given twice", place=f"--input {text}")
-        found[name] = spec
+            raise InputError(f"input {name!r} is given twice", place=f"{option} {text}")
+        found[name] = value
     return found
 
 
@@ -94,7 +105,7 @@ def random_tensor(
 def complete(
     model: nn.Module,
     example: tuple[Sequence[Any], Mapping[str, Any]] | None,
-    asked: Mapping[str, TensorSpec],
+    asked: Mapping[str, Any],
     place: str,
 ) -> dict[str, Any]:
     """The arguments of an example call by name: those asked for, then the model's own.
@@ -132,7 +143,8 @@ def complete(
         )
     generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for name, spec in asked.items():
-        tensor = random_tensor(name, spec.sizes({}), spec.dtype, generator)
-        own[name] = tensor.to(device)
+    for name, value in asked.items():
+        own[name] = value
+        if isinstance(value, TensorSpec):
+            own[name] = random_tensor(name, value.sizes({}), value.dtype, generator).to(device)
     return {name: own[name] for name in (*named, *own) if name in own}

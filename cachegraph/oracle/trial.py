@@ -40,6 +40,8 @@ class StepError:
 
 def warm_up(artifact: Artifact, progress: Progress) -> None:
     """Call every variant once with the traced sizes, so that torch keeps the kernels on disk."""
+    for form in artifact.forms:
+        warm_up(form, progress)
     generator = torch.Generator().manual_seed(0)
     graphs = named_graphs(artifact.program, artifact.graphs)
     for number, (function, name) in enumerate(zip(artifact.functions(), graphs, strict=True)):

@@ -139,6 +139,11 @@ class KnownValues:
             if learned is None or learned.shape != inputs[clock].shape:
                 self.expect(times, inputs[clock])
 
+    def end(self) -> None:
+        """Give back the values of a trajectory; what was learned of timesteps is kept."""
+        self._lasting, self._request = [], {}
+        self._rows.clear()
+
     def expect(self, times: Sequence[float], like: Tensor) -> None:
         """Take these for the timesteps of the trajectories to come, until calls differ.
 

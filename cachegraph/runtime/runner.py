@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 
 from cachegraph.errors import SessionError, nearest
 from cachegraph.graph.weights import refuse_changed, stamp
-from cachegraph.model.conditions import failed
-from cachegraph.spec import TensorSpec
 
 from .cuda_graph import Recorder, Replays, plan_launches
-from .fit import misfit
+from .fit import check_sizes, inputs_of
+from .forms import no_form
 from .known import KnownValues, Prologues, StepFunction
 from .program import Made, Program
 from .session import Session
@@ -55,6 +53,7 @@ class Runner(nn.Module):
         config: the traced model's configuration (diffusers).
         functions: one compiled graph a variant.
         recorder: as given.
+        forms: runners for calls of each form, where the artifact has several; else this one alone.
         checked_steps: before which the weights are compared with those that were compiled.
     """
 
@@ -104,6 +103,7 @@ class Runner(nn.Module):
         ]
         self.recorder = recorder
         self._plans: dict[str, Runner] = {}  # no submodules
+        self.forms: tuple[Runner, ...] = (self,)
         self._launches = plan_launches(program) if recorder is not None else ()
         self._session = Session(self)
         self.eval()
@@ -140,6 +140,25 @@ class Runner(nn.Module):
                 remedy=nearest(plan, self._plans),
             )
         return Session(self._plans[plan], quiet=quiet)
+
+    def inputs_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor] | None:
+        """A call's tensors in graph order, those of its first item where items are taken apart.
+
+        Returns:
+            None where the call has another form.
+        """
+        return inputs_of(self.program, args, kwargs, self.device)
+
+    def form_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Runner:
+        """The runner of the first form that a call has.
+
+        Raises:
+            SessionError: it has none.
+        """
+        for form in self.forms:
+            if form.inputs_of(args, kwargs) is not None:
+                return form
+        raise no_form([form.program for form in self.forms], args, kwargs, self.device)
 
     def known_values(self) -> KnownValues:
         """What is known beforehand of a trajectory that has not begun."""
@@ -207,30 +226,7 @@ class Runner(nn.Module):
         """
         if self.program.selection is not None:
             self.program.selection.check_call(inputs[0].shape[0], branch)
-        sizes: dict[str, int] = {}
-        for (name, spec), tensor in zip(self.program.signature.inputs, inputs, strict=True):
-            for dim, size in zip(spec.shape, tensor.shape, strict=False):
-                if isinstance(dim, str) and dim.isidentifier():
-                    sizes.setdefault(dim, size)
-            if found := misfit(spec, tensor, sizes, self.device, self.program):
-                raise SessionError(
-                    f"input {name!r} does not fit the compiled graphs",
-                    expected=f"{spec} on {self.device.type}",
-                    found=f"{TensorSpec.of(tensor)} on {tensor.device.type}: {found[0]}",
-                    remedy=found[1],
-                )
-        if (broken := failed(self.program.conditions, sizes)) is not None:
-            raise SessionError(
-                "the model does something else for inputs of these sizes than was compiled",
-                expected=self._in_words(broken),
-                found=self._in_words(", ".join(f"{name} = {size}" for name, size in sizes.items())),
-                remedy="compile it with example inputs of these sizes",
-            )
-
-    def _in_words(self, text: str) -> str:
-        """A condition with symbols called as people call them."""
-        names = self.program.names
-        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), text)
+        check_sizes(self.program, inputs, self.device)
 
     def check_weights(self) -> None:
         """Refuse to run with weights that were written to after they were compiled.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from cachegraph.model.items import joined
 
 from .continuity import Link, Trail
 from .cuda_graph import Replays
+from .forms import forms_in_words
 from .known import KnownValues
 from .program import Made
 from .tracking import Position
@@ -43,7 +44,8 @@ class _Branch:
     A call changes it only when it has succeeded, so a failed one can be repeated.
     """
 
-    known: KnownValues
+    runner: Runner  # of the form that the trajectory has
+    known: dict[Runner, KnownValues]  # each with the timesteps that it has learned
     trail: Trail | None = None
     position: Position = field(default_factory=Position)
     shapes: _Shapes = ()
@@ -85,15 +87,30 @@ class Session:
         Raises:
             SessionError: the call does not have the traced form, or does not fit the trajectory.
         """
-        program = self._runner.program
+        runner = self._form(args, kwargs)
+        program = runner.program
         if program.items is not None:
             given = program.signature.bind(args, kwargs)
             if (count := program.items.count(given)) > 1:
                 parts = [program.items.part(given, number) for number in range(count)]
-                return self._item_by_item(parts, step)
-        return self._call(args, kwargs, step)
+                return self._item_by_item(runner, parts, step)
+        return self._call(runner, program.signature.flatten(args, kwargs), kwargs, step)
 
-    def _item_by_item(self, parts: Sequence[dict[str, Any]], step: int | None) -> Any:
+    def _form(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Runner:
+        """The first form that a call has, where there are several."""
+        forms = self._runner.forms
+        if len(forms) == 1:
+            return forms[0]
+        branch = self._branches.get(self._branch_name)
+        if branch is not None:
+            inputs = branch.runner.inputs_of(args, kwargs)
+            if inputs is not None and _shapes_of(inputs) == branch.shapes:
+                return branch.runner
+        return self._runner.form_of(args, kwargs)
+
+    def _item_by_item(
+        self, runner: Runner, parts: Sequence[dict[str, Any]], step: int | None
+    ) -> Any:
         """A call of each item of a batch, in branches of their own; all of them or none."""
         name, before = self._branch_name, dict(self._branches)
         kept = {one: replace(b, values=dict(b.values)) for one, b in before.items()}
@@ -101,7 +118,8 @@ class Session:
         try:
             for number, part in enumerate(parts):
                 self._branch_name = f"{name} (item {number})".lstrip() if number else name
-                results.append(self._call((), part, step))
+                inputs = runner.program.signature.flatten((), part)
+                results.append(self._call(runner, inputs, part, step))
         except BaseException:
             self._branches = kept
             raise
@@ -109,25 +127,23 @@ class Session:
             self._branch_name = name
         return joined(results)
 
-    def _call(self, args: Sequence[Any], kwargs: dict[str, Any], step: int | None) -> Any:
-        runner = self._runner
-        signature = runner.program.signature
-        inputs = signature.flatten(args, kwargs)
-        branch = self._branches.get(self._branch_name) or _Branch(runner.known_values())
-        self._branches[self._branch_name] = branch
+    def _call(
+        self, runner: Runner, inputs: list[Tensor], kwargs: Mapping[str, Any], step: int | None
+    ) -> Any:
+        branch = self._branches.get(self._branch_name)
+        if branch is None:
+            branch = _Branch(runner, {runner: runner.known_values()})
+            self._branches[self._branch_name] = branch
         said = self._step_index if step is None else step
-        position = self._locate(branch, inputs, said)
+        position = self._locate(runner, branch, inputs, said)
         shapes = _shapes_of(inputs)
         if position.step in runner.checked_steps:
             runner.check_weights()
         if position.step == 0:
             runner.check_inputs(inputs, self._branch_name)
-            branch.values.clear()
-            if self._recorder is not None and shapes != branch.shapes:
-                branch.replays = runner.replays(self._recorder)
-            branch.shapes, branch.position = shapes, Position(learned=position.learned)
-        elif shapes != branch.shapes:
-            self._refuse_change(branch, shapes, position.step)
+            self._begin(runner, branch, shapes, position)
+        elif runner is not branch.runner or shapes != branch.shapes:
+            self._refuse_change(runner, branch, shapes, position.step)
         try:
             outputs = self._outputs(branch, position.step, inputs)
         except (
@@ -151,19 +167,32 @@ class Session:
         # Where the step is said, nothing is to be told by the latent.
         latent = runner.tracking.latent if said is None else None
         branch.trail = None if latent is None else Trail.of(inputs[latent], outputs)
-        return signature.unflatten(outputs, kwargs.get("return_dict"))
+        return runner.program.signature.unflatten(outputs, kwargs.get("return_dict"))
+
+    def _begin(self, runner: Runner, branch: _Branch, shapes: _Shapes, position: Position) -> None:
+        """A new trajectory of a branch, perhaps of another form than the last one."""
+        branch.values.clear()
+        if runner is not branch.runner:
+            branch.known[branch.runner].end()
+            branch.known.setdefault(runner, runner.known_values())
+        if self._recorder is not None and (runner, shapes) != (branch.runner, branch.shapes):
+            branch.replays = runner.replays(self._recorder)
+        branch.runner, branch.shapes = runner, shapes
+        branch.position = Position(learned=position.learned)
 
     def _outputs(self, branch: _Branch, step: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        runner = self._runner
+        runner, values = branch.runner, branch.known[branch.runner]
         if step == 0:
-            branch.known.begin(inputs)
-        known = branch.known.at(step, inputs)
+            values.begin(inputs)
+        known = values.at(step, inputs)
         if branch.replays is None:
             return runner.run_step(step, inputs, branch.values, known)
         return branch.replays.run(step, inputs, runner.constants(step), known)
 
-    def _locate(self, branch: _Branch, inputs: Sequence[Tensor], step: int | None) -> Position:
-        tracking, link = self._runner.tracking, Link.UNKNOWN
+    def _locate(
+        self, runner: Runner, branch: _Branch, inputs: Sequence[Tensor], step: int | None
+    ) -> Position:
+        tracking, link = runner.tracking, Link.UNKNOWN
         if branch.trail is not None and tracking.latent is not None and step is None:
             link = branch.trail.link(inputs[tracking.latent])
         try:
@@ -214,8 +243,8 @@ class Session:
             SessionError: a value that is kept is no row a sample, the graphs take no such batch, or
                 the trajectory is one of recorded CUDA graphs.
         """
-        runner = self._runner
         ((name, branch),) = other._branches.items()
+        runner = branch.runner
         runner.check_inputs(inputs, name)
         dims = runner.program.batch_dims()
         if branch.replays is not None or any(slot not in dims for slot, _ in branch.values):
@@ -230,7 +259,7 @@ class Session:
             for made, tensor in branch.values.items()
         }
         shapes = _shapes_of(inputs)
-        part = replace(branch, known=known, trail=None, values=values, shapes=shapes)
+        part = replace(branch, known={runner: known}, trail=None, values=values, shapes=shapes)
         self._branches = {name: part}
 
     def __del__(self) -> None:
@@ -279,10 +308,20 @@ class Session:
 
     def known_bytes(self) -> int:
         """Bytes of the values known beforehand that are held now, over all branches."""
-        return sum(b.known.nbytes for b in self._branches.values())
+        return sum(k.nbytes for b in self._branches.values() for k in b.known.values())
 
-    def _refuse_change(self, branch: _Branch, shapes: _Shapes, step: int) -> None:
-        names = [name for name, _ in self._runner.program.signature.inputs]
+    def _refuse_change(self, runner: Runner, branch: _Branch, shapes: _Shapes, step: int) -> None:
+        remedy = "begin a new trajectory with the first timestep, or use a session each"
+        if runner is not branch.runner:
+            forms = forms_in_words([branch.runner.program, runner.program])
+            raise SessionError(
+                "a call has another form in the middle of a trajectory",
+                place=f"step {step}",
+                expected=forms[0],
+                found=forms[1],
+                remedy=remedy,
+            )
+        names = [name for name, _ in runner.program.signature.inputs]
         for name, before, now in zip(names, branch.shapes, shapes, strict=True):
             if before != now:
                 raise SessionError(
@@ -290,7 +329,7 @@ class Session:
                     place=f"step {step}",
                     expected=" ".join(map(str, before)),
                     found=" ".join(map(str, now)),
-                    remedy="begin a new trajectory with the first timestep, or use a session each",
+                    remedy=remedy,
                 )
 
 

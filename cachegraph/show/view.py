@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from cachegraph.model.trace import TracedModel
 from cachegraph.plan.plan import Plan
 from cachegraph.plan.slot import ConstantKind, Slot
 from cachegraph.plan.variant import Variant
+from cachegraph.runtime.forms import forms_in_words
 from cachegraph.runtime.program import Program
 from cachegraph.spec import BATCH, SIZES
 
@@ -150,6 +151,20 @@ def view_artifact(artifact: Artifact) -> View:
     return View(
         plan, program.cost, program.batch, said, graphs, texts, (), interfaces, prologues, artifact
     )
+
+
+def parts_of(artifact: Artifact) -> list[tuple[str, Artifact]]:
+    """An artifact for each plan and form of call, with what tells it apart behind a heading."""
+    programs = [one.program for one in (artifact, *artifact.forms)]
+    forms = forms_in_words(programs) if artifact.forms else [""]
+    found = []
+    for name in artifact.plans or ("",):
+        plan = artifact.plan(name) if name else artifact
+        said = f": plan {name}" if name else ""
+        for words, one in zip(forms, (plan, *plan.forms), strict=True):
+            form = f", {words}" if name and words else f": {words}" if words else ""
+            found.append((said + form, replace(one, forms=())))
+    return found
 
 
 def choices(varying: Sequence[str], disabled: Sequence[str]) -> str:

@@ -224,19 +224,19 @@ def test_a_graph_that_calls_something_forbidden(folder: Path) -> None:
 
 
 def test_a_program_that_is_none(folder: Path) -> None:
-    signed(folder, lambda manifest: manifest["program"].pop("rows"))
-    wanted = "the manifest is wrong: program.rows; expected this key; found None"
+    signed(folder, lambda manifest: manifest["forms"][0]["program"].pop("rows"))
+    wanted = "the manifest is wrong: forms[0].program.rows; expected this key; found None"
     assert wanted in refusal(folder)
 
 
 def test_a_newer_format_is_told_from_damage(folder: Path) -> None:
     signed(folder, lambda manifest: manifest.update(cachegraph=7))
-    assert "expected format 5; found format 7; update cachegraph" in refusal(folder)
+    assert "expected format 6; found format 7; update cachegraph" in refusal(folder)
 
 
 def test_an_older_format_is_to_be_compiled_again(folder: Path) -> None:
     signed(folder, lambda manifest: manifest.update(cachegraph=2))
-    assert "expected format 5; found format 2; compile it again" in refusal(folder)
+    assert "expected format 6; found format 2; compile it again" in refusal(folder)
 
 
 # --- saving

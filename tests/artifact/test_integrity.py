@@ -192,9 +192,9 @@ variant / no steps / rows / source / keeps / frees / input / order / spec / outp
 
 @pytest.mark.parametrize("name", [name.strip() for name in EDITS.split("/")])
 def test_parts_that_do_not_fit_are_told_before_anything_runs(folder: Path, name: str) -> None:
-    before = json.loads((folder / MANIFEST).read_text())["program"]
-    signed(folder, lambda manifest: edited(name)(manifest["program"]))
-    assert json.loads((folder / MANIFEST).read_text())["program"] != before
+    before = json.loads((folder / MANIFEST).read_text())["forms"][0]["program"]
+    signed(folder, lambda manifest: edited(name)(manifest["forms"][0]["program"]))
+    assert json.loads((folder / MANIFEST).read_text())["forms"][0]["program"] != before
     assert "the parts of the artifact do not fit together: " in refusal(folder)
 
 

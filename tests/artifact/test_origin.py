@@ -141,6 +141,7 @@ def test_all_that_is_asked_on_the_command_line_is_in_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(origin, "find_origin", lambda *args: asked.append(args[3]))
     lines = ["--arch=DiT(num_heads=4)", "--input=x=2,4,8,8:f32", "--static-batch"]
     lines += ["--varying=y", "--disable-pass=hoist-known", "--backend=inductor", "--dynamic=batch"]
+    lines += ["--also=x=2,4,16,16:f32"]
     assert all(is_anew(*line) for line in [(), *zip(lines)])
     changed = [{k for k in one if one[k] != asked[0][k]} for one in asked[1:]]
     assert [len(names) for names in changed] == [1] * len(lines)

@@ -170,7 +170,17 @@ def test_inputs_are_parsed(
     assert (parsed, spec.shape, spec.dtype) == (name, sizes, dtype)
 
 
-@pytest.mark.parametrize("text", ["x", "x=2,2", "=2:f32", "x:2=f32", "x=2,0:f32", "x=-1:f32"])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("height=32", 32), ("scale=0.5", 0.5), ("ids=[[1,8]]", [[1, 8]]), (" mask = null", None)],
+)
+def test_constants_are_parsed(text: str, value: object) -> None:
+    assert parse_input(text) == (text.partition("=")[0].strip(), value)
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "=3", "x=", "x=2,2", "=2:f32", "x:2=f32", "x=2,0:f32", "x=-1:f32"]
+)
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"^--input .*: (not an input|the shape cannot be read)"):
         parse_input(text)

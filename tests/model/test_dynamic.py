@@ -256,7 +256,7 @@ def test_an_artifact_keeps_names_and_conditions(tmp_path: Path) -> None:
     assert run.program.names == traced().names
     assert worst(run, **SIZES[1]) < 1e-6
     refused(lambda: run.session(quiet=True)(**call(0, height=18), step=0), "height <= 16")
-    signed(path, lambda manifest: manifest["program"]["names"].update(s99="depth"))
+    signed(path, lambda manifest: manifest["forms"][0]["program"]["names"].update(s99="depth"))
     with pytest.raises(ArtifactError, match="sizes are called"):
         cg.load(path)
 

@@ -1,16 +1,17 @@
-"""Batches that a trace is not the model for, though nothing that torch.export found says so.
+"""A batch of one that a trace is not the model for, though nothing torch.export found says so.
 
-Torch takes a symbol to be 2 or more and does not tell what it concludes from that (a batch of one
-that is squeezed away, a transposed one that is contiguous), and a model may ask in ways that leave
-no guard (``if batch - 1``). So the model is called without data for each small batch: where it
-calls other functions than for the traced one, the batch is suspect, and is tried with data.
+Torch takes a symbol to be 2 or more and does not tell what it concludes from that: a batch of one
+that is squeezed away, a transposed one that is contiguous, ``if batch - 1``. So the model is called
+without data for one item: where it calls other functions than for the traced batch, one item is
+suspect, and is tried with data.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,13 @@ from .items import same_tensors
 from .lines import quiet
 from .sizes import inputs_of, symbols_of
 
-SMALL = range(1, 7)  # batches that are looked at
 _log = logging.getLogger(__name__)
 _Call = tuple[str, int, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class Batches:
-    """Calls of other batches than the traced one.
+class OneItem:
+    """What a call of one item is compared with.
 
     Attributes:
         model: what was traced.
@@ -57,34 +57,32 @@ class Batches:
     restore: Callable[[], None]
 
     def conditions(self, known: Sequence[str]) -> tuple[str, ...]:
-        """Conditions on the batch beside those that are known."""
+        """A condition on the batch beside those that are known, if there has to be one."""
         inputs = inputs_of(self.program)
         leaves = _tensors(self.arguments)
         symbol, traced = str(inputs[0].shape[0]), leaves[0].shape[0]
         own = [str(value.shape[0]) == symbol if value.ndim else False for value in inputs]
-        sizes = symbols_of(inputs, leaves)
-        tried = [b for b in SMALL if failed(known, sizes | {symbol: b}) is None]
-        wrong = [b for b in self._suspects([b for b in tried if b != traced], own) if b != traced]
-        wrong = [b for b in wrong if not self._is_right(self._call(b, own))]
-        return tuple(_limits(symbol, wrong, {traced, *tried} - {*wrong}))
+        if failed(known, symbols_of(inputs, leaves) | {symbol: 1}) is not None:
+            return ()
+        one = self._first(own)
+        if traced != 1 and self._is_suspect(one) and not self._is_right(one):
+            return (f"{symbol} >= 2",)
+        return ()
 
-    def _suspects(self, batches: Sequence[int], own: Sequence[bool]) -> Iterator[int]:
-        """Batches for which other functions are called than for the traced one."""
-        traced = _tensors(self.arguments)[0].shape[0]
+    def _is_suspect(self, one: Mapping[str, Any]) -> bool:
+        """Whether other functions are called than for the traced batch."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        wanted = self._walk(mode, self._call(traced, own))
+        wanted = self._walk(mode, self.arguments)
         if isinstance(wanted, Exception):
-            _log.info("other batches cannot be looked at without data: %s", wanted)
-            return
-        for batch in batches:
-            found = self._walk(mode, self._call(batch, own))
-            if isinstance(found, Exception) or found != wanted:
-                yield batch
+            _log.info("a batch of one cannot be looked at without data: %s", wanted)
+            return False
+        return self._walk(mode, one) != wanted
 
     def _walk(self, mode: FakeTensorMode, arguments: Mapping[str, Any]) -> list[_Call] | Exception:
         try:
             with quiet(), torch.no_grad(), mode, self.replaying(), _Calls() as calls:
-                self.model(**_pytree.tree_map_only(Tensor, mode.from_tensor, dict(arguments)))
+                given = _pytree.tree_map_only(Tensor, mode.from_tensor, dict(arguments))
+                copy_context().run(self.model, **given)
         except Exception as error:  # noqa: BLE001 - whatever a model says of arguments
             return error
         finally:
@@ -97,7 +95,8 @@ class Batches:
         if not self.runs:
             return False
         try:
-            wanted = self.model(**_pytree.tree_map_only(Tensor, Tensor.clone, dict(arguments)))
+            given = _pytree.tree_map_only(Tensor, Tensor.clone, dict(arguments))
+            wanted = copy_context().run(self.model, **given)
             self.restore()
             found = _Graph(self.source, self.checks).run(
                 *_pytree.tree_leaves(dict(arguments)), enable_io_processing=False
@@ -108,22 +107,15 @@ class Batches:
             self.restore()
         return same_tensors(list(found), _pytree.tree_leaves(wanted))
 
-    def _call(self, batch: int, own: Sequence[bool]) -> dict[str, Any]:
-        """The arguments with another number of the same items.
-
-        Args:
-            batch: how many.
-            own: which tensors have a row for each item.
-        """
+    def _first(self, own: Sequence[bool]) -> dict[str, Any]:
+        """The arguments of one item; ``own`` tells which tensors have a row for each."""
         rows = iter(own)
 
         def leaf(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not next(rows):
-                return value
-            return value[torch.arange(batch, device=value.device) % len(value)]
+            return value[:1] if isinstance(value, Tensor) and next(rows) else value
 
         return {
-            name: value[:1] * batch if name in self.lists else _pytree.tree_map(leaf, value)
+            name: value[:1] if name in self.lists else _pytree.tree_map(leaf, value)
             for name, value in self.arguments.items()
         }
 
@@ -155,15 +147,6 @@ class _Graph(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a function that is no check."""
         return None if target in self._checks else super().call_function(target, args, kwargs)
-
-
-def _limits(symbol: str, wrong: Sequence[int], right: set[int]) -> Iterator[str]:
-    low, high = min(right), max(right)
-    if any(batch < low for batch in wrong):
-        yield f"{symbol} >= {low}"
-    yield from (f"{symbol} != {batch}" for batch in wrong if low < batch < high)
-    if any(batch > high for batch in wrong):
-        yield f"{symbol} <= {high}"
 
 
 def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
