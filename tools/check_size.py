@@ -14,25 +14,25 @@ from pathlib import Path
 
 MAX_FILE = 400
 MAX_FUNCTION = 50
-MAX_PRODUCT = 36_200  # cachegraph and passes together
+MAX_PRODUCT = 37_300  # cachegraph and passes together
 # What each folder of the product may have, in lines; files beside them count for "cachegraph".
 BUDGETS = {
     "cachegraph": 960,
     "zoo": 2_510,
-    "model": 4_310,
+    "model": 4_640,
     "config": 690,
     "plan": 820,
     "methods": 2_400,
     "schedule": 570,
-    "graph": 2_400,
+    "graph": 2_420,
     "passes": 1_160,
-    "runtime": 1_870,
+    "runtime": 2_160,
     "backends": 2_290,
-    "artifact": 1_570,
-    "compiler": 1_910,
+    "artifact": 1_680,
+    "compiler": 2_060,
     "oracle": 790,
     "diffusion": 200,
-    "show": 1_500,
+    "show": 1_510,
     "calibrate": 790,
     "pipelines": 1_420,
     "bench": 1_130,
@@ -40,11 +40,11 @@ BUDGETS = {
     "images": 1_150,
     "search": 1_890,
     "report": 620,
-    "cli": 2_040,
+    "cli": 2_090,
 }
 # From a model to what runs it.
 ENGINE = tuple(list(BUDGETS)[2:13])
-MAX_ENGINE = 19_900
+MAX_ENGINE = 20_900
 
 PRODUCT = ("cachegraph", "passes")
 FOLDERS = (*PRODUCT, "schedules", "tests", "tools")

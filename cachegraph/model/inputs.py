@@ -18,6 +18,7 @@ from cachegraph.spec import DTYPES, TensorSpec
 from .signature import TIMESTEP_NAMES, call_arguments
 
 FORM = "NAME=SHAPE:DTYPE, such as x=2,4,32,32:f32"
+CONSTANT = "or NAME=VALUE for a constant in JSON, such as height=32"
 
 _NAMED = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _SHORT = {name: dtype for name, dtype in DTYPES.items() if name not in _NAMED}
@@ -42,8 +43,7 @@ def parse_input(text: str, option: str = "--input") -> tuple[str, Any]:
         with suppress(ValueError):
             if name.strip():
                 return name.strip(), json.loads(value)
-        expected = f"{FORM}; or NAME=JSON for a constant"
-        raise InputError("not an input", place=place, expected=expected)
+        raise InputError("not an input", place=place, expected=f"{FORM}; {CONSTANT}")
     name, shape, dtype = (part.strip() for part in match.groups())
     sizes = [part.strip() for part in shape.split(",")] if shape else []
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):

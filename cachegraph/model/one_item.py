@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,8 @@ class OneItem:
     def _walk(self, mode: FakeTensorMode, arguments: Mapping[str, Any]) -> list[_Call] | Exception:
         try:
             with quiet(), torch.no_grad(), mode, self.replaying(), _Calls() as calls:
-                self.model(**_pytree.tree_map_only(Tensor, mode.from_tensor, dict(arguments)))
+                given = _pytree.tree_map_only(Tensor, mode.from_tensor, dict(arguments))
+                copy_context().run(self.model, **given)
         except Exception as error:  # noqa: BLE001 - whatever a model says of arguments
             return error
         finally:
@@ -93,7 +95,8 @@ class OneItem:
         if not self.runs:
             return False
         try:
-            wanted = self.model(**_pytree.tree_map_only(Tensor, Tensor.clone, dict(arguments)))
+            given = _pytree.tree_map_only(Tensor, Tensor.clone, dict(arguments))
+            wanted = copy_context().run(self.model, **given)
         except Exception:  # noqa: BLE001 - whatever a model says of arguments that do not fit
             return False
         finally:

@@ -69,13 +69,14 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     """
     notes = _Notes()
     notes.walk(model)
-    calls = {id(cache): cache.cache_info().misses for cache in _caches()}
+    caches = _caches()
+    calls = {id(cache): cache.cache_info().misses for cache in caches}
     held_before = {id(held) for held in notes.opaque if _holds_symbols(held)}  # another trace's
     imported = set(sys.modules)
 
-    def restore() -> None:
+    def restore(caches: Iterable[Any] = caches) -> None:
         notes.restore()
-        for cache in _caches():
+        for cache in caches:
             if cache.cache_info().misses != calls.get(id(cache), 0) and _holds_symbols(cache):
                 cache.cache_clear()
         _forget(sys.modules.keys() - imported)
@@ -84,7 +85,7 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
         try:
             yield restore
         finally:
-            restore()
+            restore(_caches())  # those that were made meanwhile too
     for held in notes.opaque:
         if id(held) not in held_before and _holds_symbols(held):
             raise TraceError(

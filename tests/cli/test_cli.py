@@ -251,7 +251,7 @@ def test_sample_writes_a_grid(monkeypatch: pytest.MonkeyPatch, here: Path) -> No
 
 # --- wrong command lines ----------------------------------------------------------------------
 
-FORM = "NAME=SHAPE:DTYPE, such as x=2,4,32,32:f32"
+FORM = "NAME=SHAPE:DTYPE, such as x=2,4,32,32:f32; or NAME=VALUE for a constant in JSON, such as"
 SITES = "blocks.0.attn (attn), blocks.0.mlp (mlp), blocks.1.attn (attn)"
 ELSEWHERE = (
     "sample others with --num N -o samples.npz, or in their own sampler: "
@@ -278,7 +278,7 @@ WRONG = {
     "and bench also an architecture, such as DiT-S/2; did you mean 'digits'?",
     "compile DiT-S/2 -s fora-n3": f"'DiT-S/2' is an architecture, without weights; expected {FORMS}"
     "; only plan, inspect and bench do without",
-    f"{PLAN} --input x": f"--input x: not an input; expected {FORM}; or NAME=JSON for a constant",
+    f"{PLAN} --input x": f"--input x: not an input; expected {FORM} height=32",
     f"{PLAN} --input x=2,,4:f32": "--input x=2,,4:f32: the shape cannot be read; expected whole "
     "numbers above 0, such as 2,4,32,32; found 2,,4",
     f"{PLAN} --input x=2:f23": "--input x=2:f23: unknown dtype 'f23'; expected one of u8, i8, i16, "
