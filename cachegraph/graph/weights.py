@@ -129,18 +129,19 @@ def _samples(tensors: Sequence[Tensor]) -> list[int]:
     return numbers
 
 
-def refuse_changed(weights: Mapping[str, Tensor], before: Stamp) -> None:
+def refuse_changed(weights: Mapping[str, Tensor], before: Stamp, *, moved: bool = False) -> None:
     """Refuse weights that were written to or replaced since.
 
     Args:
         weights: name -> tensor.
         before: their stamp when they were compiled or loaded.
+        moved: they may lie elsewhere: offloading gives them other memory for every call.
 
     Raises:
         SessionError: names the first one.
     """
     for name, now, was in zip(weights, stamp(weights), before, strict=True):
-        if now != was:
+        if now[moved:] != was[moved:]:
             raise SessionError(
                 f"weight {name!r} was changed after it was compiled",
                 expected="the weights of a compiled loop as they were then",

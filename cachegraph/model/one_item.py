@@ -80,8 +80,8 @@ class OneItem:
 
     def _walk(self, mode: FakeTensorMode, arguments: Mapping[str, Any]) -> list[_Call] | Exception:
         try:
+            given = _pytree.tree_map_only(Tensor, mode.from_tensor, dict(arguments))
             with quiet(), torch.no_grad(), mode, self.replaying(), _Calls() as calls:
-                given = _pytree.tree_map_only(Tensor, mode.from_tensor, dict(arguments))
                 copy_context().run(self.model, **given)
         except Exception as error:  # noqa: BLE001 - whatever a model says of arguments
             return error
@@ -112,7 +112,7 @@ class OneItem:
         rows = iter(own)
 
         def leaf(value: Any) -> Any:
-            return value[:1] if isinstance(value, Tensor) and next(rows) else value
+            return value[:1].clone() if isinstance(value, Tensor) and next(rows) else value
 
         return {
             name: value[:1] if name in self.lists else _pytree.tree_map(leaf, value)

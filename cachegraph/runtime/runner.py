@@ -228,14 +228,17 @@ class Runner(nn.Module):
             self.program.selection.check_call(inputs[0].shape[0], branch)
         check_sizes(self.program, inputs, self.device)
 
-    def check_weights(self) -> None:
+    def check_weights(self, *, moved: bool = False) -> None:
         """Refuse to run with weights that were written to after they were compiled.
+
+        Args:
+            moved: they may lie elsewhere, if they are the same.
 
         Raises:
             SessionError: one was, in place; writes through ``.data`` are seen by a few numbers of
                 each weight.
         """
-        refuse_changed(self._weights, self._stamp)
+        refuse_changed(self._weights, self._stamp, moved=moved)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The weights, so that their device and dtype can be asked for."""

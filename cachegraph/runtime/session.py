@@ -138,7 +138,7 @@ class Session:
         position = self._locate(runner, branch, inputs, said)
         shapes = _shapes_of(inputs)
         if position.step in runner.checked_steps:
-            runner.check_weights()
+            runner.check_weights(moved=position.step > 0)
         if position.step == 0:
             runner.check_inputs(inputs, self._branch_name)
             self._begin(runner, branch, shapes, position)

@@ -78,16 +78,16 @@ class _Remembering(Session):
         self.behind: set[str] = set()  # branches whose values are those of an earlier step
 
     def _outputs(self, branch: Any, step: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        name = self._branch_name
+        name, beforehand = self._branch_name, branch.known[branch.runner]
         if step == 0:
-            branch.known.begin(inputs)
+            beforehand.begin(inputs)
             branch.values.clear()
         known = self.memory.recall((self.seed, name, self.keys[step]))
         if known is not None:
             branch.values.update(known.made)
             return known.outputs
         before = set(branch.values)
-        taken = branch.known.at(step, inputs)
+        taken = beforehand.at(step, inputs)
         outputs = tuple(self._runner.run_step(step, inputs, branch.values, taken))
         made = {key: branch.values[key] for key in branch.values.keys() - before}
         self.memory.keep((self.seed, name, self.keys[step]), _Result(outputs, made))
