@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
 from cachegraph.errors import ArtifactError, SessionError, out_of_memory
+from cachegraph.spec import version_of
 
 # Bytes. Matrix products round differently on data that is not aligned as torch aligns its own, so
 # a loaded model would not compute bit for bit what the compiled one does.
@@ -106,7 +107,7 @@ def stamp(weights: Mapping[str, Tensor]) -> Stamp:
     See :func:`refuse_changed`.
     """
     tensors = list(weights.values())
-    places = ((w.data_ptr(), -1 if w.is_inference() else w._version) for w in tensors)
+    places = ((w.data_ptr(), version_of(w)) for w in tensors)
     return tuple((*at, told) for at, told in zip(places, _samples(tensors), strict=True))
 
 
@@ -140,8 +141,9 @@ def refuse_changed(weights: Mapping[str, Tensor], before: Stamp, *, moved: bool 
     Raises:
         SessionError: names the first one.
     """
+    compared = slice(1, None) if moved else slice(None)  # the place comes first
     for name, now, was in zip(weights, stamp(weights), before, strict=True):
-        if now[moved:] != was[moved:]:
+        if now[compared] != was[compared]:
             raise SessionError(
                 f"weight {name!r} was changed after it was compiled",
                 expected="the weights of a compiled loop as they were then",

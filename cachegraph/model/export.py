@@ -39,7 +39,7 @@ from .masks import without_masks
 from .one_item import OneItem
 from .reads import Listening, Read, ReadError, Replaying, contents_of, record, same_reads
 from .signature import TIMESTEP_NAMES
-from .sizes import BRANCHES, batch_conditions, inputs_of, symbols_of, unknown_sizes
+from .sizes import BRANCHES, batch_conditions, inputs_of, symbols_of, tensors_in, unknown_sizes
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def export(
         ModelError: no input is a tensor with a batch, or there is no such size.
         TraceError: torch.export cannot follow the model, or the model fixes such a size.
     """
-    leaves = _tensors(arguments)
+    leaves = tensors_in(arguments)
     if not leaves or not leaves[0].ndim:
         raise ModelError(
             "the example inputs hold no tensor with a batch dimension",
@@ -177,7 +177,7 @@ class _Attempt:
 
     def _any_batch(self) -> tuple[Exported | None, str]:
         """With a symbolic batch and its conditions; and why the batch is fixed, where it is."""
-        leaves = _tensors(self.arguments)
+        leaves = tensors_in(self.arguments)
         batch = leaves[0].shape[0]
         if batch_of(self.arguments) != batch:
             return None, "the first input is a list of an item each"
@@ -212,7 +212,7 @@ class _Attempt:
             sizes = symbols_of(inputs_of(program), leaves)
             if (broken := failed(conditions, sizes)) is not None:
                 return None, f"{BRANCHES[1]} of one another way ({broken} for all others)"
-        contents = contents_of(reads, _tensors(example), rows=True)
+        contents = contents_of(reads, tensors_in(example), rows=True)
         found = Exported(program, source, self.arguments, conditions, reason, contents)
         return replace(self._named(found), lists=lists), reason
 
@@ -220,7 +220,7 @@ class _Attempt:
         """Lists of the same constant for each item, which are as long for another batch."""
         batch, found = batch_of(self.arguments), set[str]()
         for name, value in self.arguments.items():
-            if not isinstance(value, list) or len(value) != batch or _tensors({name: value}):
+            if not isinstance(value, list) or len(value) != batch or tensors_in({name: value}):
                 continue
             if all(one == value[0] for one in value):
                 found.add(name)
@@ -239,7 +239,7 @@ class _Attempt:
 
     def _reads_alike(self, reads: Mapping[Any, Read], example: Mapping[str, Any]) -> bool:
         """Whether another batch of the same items makes the model read the same."""
-        batch, leaves = _tensors(example)[0].shape[0], _tensors(example)
+        batch, leaves = tensors_in(example)[0].shape[0], tensors_in(example)
         used = (leaves[i] for i in frozenset[int]().union(*(r.inputs for r in reads.values())))
         if any(len(t) == batch and not torch.equal(t, t[:1].expand_as(t)) for t in used if t.ndim):
             return False  # rows of other batches could be others
@@ -275,13 +275,13 @@ class _Attempt:
         except (TraceError, ReadError):
             raise
         except Exception as error:
-            raise untraceable(self.model, _tensors(arguments), error) from error
-        contents = contents_of(reads, _tensors(arguments), rows=False)
+            raise untraceable(self.model, tensors_in(arguments), error) from error
+        contents = contents_of(reads, tensors_in(arguments), rows=False)
         found = Exported(program, source, arguments, (), reason, contents, items)
         if self.axes is None:
             return self._named(found)
         refuse_fixed(program, self.axes)
-        symbols = symbols_of(inputs_of(program), _tensors(arguments))
+        symbols = symbols_of(inputs_of(program), tensors_in(arguments))
         try:
             return self._named(replace(found, conditions=conditions_of(program, asked, symbols)))
         except ValueError as error:
@@ -307,7 +307,7 @@ class _Attempt:
         try:
             reads = record(self.model, arguments)
         except Exception as error:
-            raise untraceable(self.model, _tensors(arguments), error) from error
+            raise untraceable(self.model, tensors_in(arguments), error) from error
         finally:
             self.restore()
         leaves = _pytree.tree_leaves_with_path(dict(arguments))
@@ -364,10 +364,6 @@ def _export_once(
 
 def _first_place(reads: Mapping[Any, Read]) -> str:
     return next(iter(reads))[1]
-
-
-def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
 
 
 def _first_line(error: BaseException) -> str:

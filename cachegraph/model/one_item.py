@@ -24,7 +24,7 @@ from torch.utils import _pytree
 from .conditions import failed
 from .items import same_tensors
 from .lines import quiet
-from .sizes import inputs_of, symbols_of
+from .sizes import inputs_of, symbols_of, tensors_in
 
 _log = logging.getLogger(__name__)
 _Call = tuple[str, int, tuple[Any, ...]]
@@ -59,7 +59,7 @@ class OneItem:
     def conditions(self, known: Sequence[str]) -> tuple[str, ...]:
         """A condition on the batch beside those that are known, if there has to be one."""
         inputs = inputs_of(self.program)
-        leaves = _tensors(self.arguments)
+        leaves = tensors_in(self.arguments)
         symbol, traced = str(inputs[0].shape[0]), leaves[0].shape[0]
         own = [str(value.shape[0]) == symbol if value.ndim else False for value in inputs]
         if failed(known, symbols_of(inputs, leaves) | {symbol: 1}) is not None:
@@ -147,7 +147,3 @@ class _Graph(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a function that is no check."""
         return None if target in self._checks else super().call_function(target, args, kwargs)
-
-
-def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]

@@ -23,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from cachegraph.errors import TraceError
+from cachegraph.spec import version_of
 
 from .contents import Contents, digest
+from .sizes import tensors_in
 from .state import is_symbolic
 
 # What makes numbers of contents.
@@ -125,8 +127,8 @@ class Recording(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, and note what it reads."""
         kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
-        before = {id(t): _version(t) for t in given}
+        given = tensors_in((args, kwargs))
+        before = {id(t): version_of(t) for t in given}
         old = {_memory(t) for t in given}
         result = func(*args, **kwargs)
         if kind := _kind(func, args, kwargs):
@@ -136,12 +138,12 @@ class Recording(TorchFunctionMode):
             for one in _single_numbers(_name(func), value, result):
                 self.reads[_key(_NUMBER, self._calls)] = Read(one, read.inputs)
         origin = self._origin(given)
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             memory = _memory(tensor)  # what is new there has nothing of what was there before
             kept = self._origins.get(memory, frozenset()) if memory in old else frozenset()
             self._origins[memory] = kept | origin
         for tensor in given:
-            if _version(tensor) != before[id(tensor)]:
+            if version_of(tensor) != before[id(tensor)]:
                 self._origins[_memory(tensor)] = origin
         return result
 
@@ -173,7 +175,7 @@ class Replaying(TorchFunctionMode):
                 "the model reads another number while it is traced than in a plain call",
                 found=f"{key[0]} at {key[1]}",
             )
-        device = next(t.device for t in _tensors((args, kwargs)))
+        device = next(t.device for t in tensors_in((args, kwargs)))
         value = _pytree.tree_map_only(
             Tensor,
             lambda t: torch.tensor(t.tolist(), dtype=t.dtype, device=device),
@@ -186,7 +188,7 @@ class Replaying(TorchFunctionMode):
 def record(model: nn.Module, arguments: Mapping[str, Any]) -> dict[Key, Read]:
     """What a model reads from these arguments, by where it does so."""
     given = _pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), dict(arguments))
-    with Recording(_tensors(given)) as recording:
+    with Recording(tensors_in(given)) as recording:
         model(**given)
     return recording.reads
 
@@ -284,7 +286,7 @@ def _recorded(kind: str, args: Any, kwargs: Any, result: Any) -> tuple[Any, list
         case "index":
             parts = [part for part in _parts(args[1]) if _is_read(part)]
             ends = [[p.start, p.stop, p.step] if isinstance(p, slice) else p for p in parts]
-            return [_fixed(part) for part in parts], _tensors(ends)
+            return [_fixed(part) for part in parts], tensors_in(ends)
         case "repeat":
             repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
             size = args[0].shape[kwargs.get("dim", args[2] if len(args) > 2 else -1) or 0]
@@ -295,8 +297,8 @@ def _recorded(kind: str, args: Any, kwargs: Any, result: Any) -> tuple[Any, list
             shape = torch.broadcast_shapes(args[0].shape, mask.shape)
             return list(mask.expand(shape).cpu().nonzero(as_tuple=True)), [mask]
         case "scalars":
-            return [a.item() if isinstance(a, Tensor) else a for a in args], _tensors(args)
-    return _pytree.tree_map_only(Tensor, Tensor.cpu, copy.deepcopy(result)), _tensors(
+            return [a.item() if isinstance(a, Tensor) else a for a in args], tensors_in(args)
+    return _pytree.tree_map_only(Tensor, Tensor.cpu, copy.deepcopy(result)), tensors_in(
         (args, kwargs)
     )
 
@@ -333,16 +335,8 @@ def _replayed(kind: str, func: Any, args: Any, kwargs: Any, value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _key(name: str, calls: Counter[tuple[str, str]]) -> Key:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import CustomObjArgument
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree
 
 from cachegraph.spec import TensorSpec
 
@@ -48,6 +49,12 @@ def inputs_of(program: ExportedProgram) -> list[Tensor]:
     names = set(program.graph_signature.user_inputs)
     holders = (n for n in program.graph.find_nodes(op="placeholder") if n.name in names)
     return [n.meta["val"] for n in holders if isinstance(n.meta.get("val"), Tensor)]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of arguments, in graph order."""
+    tree = dict(value) if isinstance(value, Mapping) else value
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def symbols_of(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, int]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from cachegraph.errors import TraceError
+from cachegraph.spec import version_of
 
 _CACHE = type(functools.lru_cache(lambda: None))
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -134,21 +135,17 @@ class _Written:
             return cls(found, found, 0, found.copy())
         kept = isinstance(found, nn.Parameter) or found.is_meta
         memory = found.detach()
-        return cls(found, memory, _version(found), None if kept else memory.clone())
+        return cls(found, memory, version_of(found), None if kept else memory.clone())
 
     def restore(self) -> None:
         if isinstance(self.holder, Tensor):
             if self.holder.data_ptr() != self.memory.data_ptr():
                 self.holder.data = self.memory
-            if self.copy is not None and _version(self.holder) != self.version:
+            if self.copy is not None and version_of(self.holder) != self.version:
                 with torch.no_grad():
                     self.memory.copy_(self.copy)
         elif not np.array_equal(self.holder, self.copy):
             self.holder[...] = self.copy
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)

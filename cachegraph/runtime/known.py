@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from cachegraph.errors import SessionError
 from cachegraph.graph.interface import Interface, Role
+from cachegraph.spec import version_of
 
 from .batching import over_steps
 from .program import Program
@@ -84,11 +85,11 @@ class Lasting:
     @classmethod
     def of(cls, tensor: Tensor) -> Lasting:
         """An input as it is now."""
-        return cls(tensor, _version(tensor), tensor.clone())
+        return cls(tensor, version_of(tensor), tensor.clone())
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Whether it is the very same tensor and nobody has written to it; compares nothing."""
-        return tensor is self.tensor and self.version == _version(tensor) >= 0
+        return tensor is self.tensor and self.version == version_of(tensor) >= 0
 
     def is_same(self, tensor: Tensor) -> bool:
         """Compares the contents where the tensor is another one, was written to, or is small.
@@ -265,8 +266,3 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return True
     fractional = one.is_floating_point() or one.is_complex()
     return fractional and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts writes to the tensor; -1 where nobody counts."""
-    return -1 if tensor.is_inference() else tensor._version
