@@ -35,10 +35,10 @@ BUDGETS = {
     "show": 1_510,
     "calibrate": 790,
     "pipelines": 1_420,
-    "bench": 1_130,
+    "bench": 1_210,
     "train": 1_490,
     "images": 1_150,
-    "search": 1_890,
+    "search": 1_820,
     "report": 620,
     "cli": 2_090,
 }

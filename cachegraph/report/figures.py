@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from cachegraph.bench.front import Point, front
 from cachegraph.bench.result import UNCACHED
 from cachegraph.errors import InputError
 from cachegraph.show.token_map import LABEL, SEED, token_shares
@@ -63,11 +64,7 @@ def _front_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """What ``compare`` (by seconds) or ``search`` (by full steps) found."""
     by_time = "compared" in found
     points = [
-        {
-            "name": one["name"],
-            "x": float(one["seconds" if by_time else "full_steps"]),
-            "y": float(one["psnr"]),
-        }
+        Point(one["name"], float(one["seconds" if by_time else "full_steps"]), float(one["psnr"]))
         for one in found["compared" if by_time else "checked"]
         if one["psnr"] is not None
     ]
@@ -109,24 +106,22 @@ def _measured(
 def _quality(entries: Sequence[Mapping[str, Any]], said: str) -> dict[str, Any] | None:
     """PSNR against seconds."""
     points = [
-        {
-            "name": f"{one['name']}, {one['backend']}",
-            "x": one["trajectory"]["median"],
-            "y": one["quality"]["psnr"],
-        }
+        Point(
+            f"{one['name']}, {one['backend']}",
+            one["trajectory"]["median"],
+            one["quality"]["psnr"],
+        )
         for one in entries
         if one.get("quality") and one["name"] != UNCACHED
     ]
     return _picture(said, "seconds a trajectory", points) if points else None
 
 
-def _picture(said: str, cost: str, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Points with the front marked: what nothing else beats in both."""
-    for one in points:
-        at = one["x"], -one["y"]
-        others = [(p["x"], -p["y"]) for p in points]
-        one["front"] = not any(p != at and p[0] <= at[0] and p[1] <= at[1] for p in others)
-    return {"what": said, "x": cost, "y": "PSNR in dB", "points": points}
+def _picture(said: str, cost: str, points: Sequence[Point]) -> dict[str, Any]:
+    """Points with the front marked."""
+    best = front(points)
+    shown = [{"name": p.name, "x": p.cost, "y": p.quality, "front": p in best} for p in points]
+    return {"what": said, "x": cost, "y": "PSNR in dB", "points": shown}
 
 
 def sampled_tokens(model: nn.Module, schedule: str) -> dict[str, Any]:

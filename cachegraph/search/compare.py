@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachegraph.bench.front import Point, front, plot_front
 from cachegraph.calibrate.plot import check_plot_path
 from cachegraph.compiler.compile import assemble, build
 from cachegraph.compiler.sources import open_model
@@ -23,7 +24,6 @@ from cachegraph.model.trace import trace
 from cachegraph.runtime.runner import Runner
 from cachegraph.schedule.schedule import Schedule, load_schedule
 
-from .front import Point, front, plot_front
 from .images import Images, Reference, Sampler, images_of, make_sampler
 from .player import Watched
 from .run import CHECKED

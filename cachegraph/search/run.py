@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from cachegraph.bench.front import Point, plot_front
 from cachegraph.calibrate.plot import check_plot_path
 from cachegraph.compiler.sources import open_model
 from cachegraph.errors import InputError
@@ -18,7 +19,6 @@ from cachegraph.schedule.rows import plan_of
 from cachegraph.schedule.schedule import Schedule, load_schedule, presets
 
 from .cost import StepCosts, measure_costs, time_run
-from .front import Point, plot_front
 from .images import Reference, Sampler, images_of, make_sampler
 from .player import Player, Watched
 from .search import Search

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import cachegraph as cg
+from cachegraph.bench.front import Point, front
 from cachegraph.cli import app
 from cachegraph.errors import InputError
 from cachegraph.schedule.schedule import load_schedule
 from cachegraph.search import run as running
 from cachegraph.search.cost import PlaceCost, StepCosts
-from cachegraph.search.front import Point, front
 from cachegraph.search.images import Reference, images_of
 from cachegraph.search.player import Player
 from cachegraph.search.run import CHECKED, Budget, Found, run_search
