@@ -19,7 +19,7 @@ MAX_PRODUCT = 37_300  # cachegraph and passes together
 BUDGETS = {
     "cachegraph": 960,
     "zoo": 2_510,
-    "model": 4_640,
+    "model": 4_660,
     "config": 690,
     "plan": 820,
     "methods": 2_400,

@@ -26,8 +26,8 @@ from cachegraph.errors import TraceError
 from cachegraph.spec import version_of
 
 from .contents import Contents, digest
+from .reach import is_symbolic
 from .sizes import tensors_in
-from .state import is_symbolic
 
 # What makes numbers of contents.
 _CASTS: dict[str, Any] = {

@@ -6,6 +6,9 @@ call returns one. So everything mutable that can be reached from the model is no
 put back afterwards: attributes, containers, variables of closures, attributes of its classes. Of
 the Python modules that it is written in, only what holds tensors of the trace is put back: others
 may be at work there. Memoised functions that hold some are emptied.
+
+A function reaches what its code names, and not all that lies in its Python module: most of a
+process can be reached from some variable or other.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -30,16 +34,11 @@ from torch import Tensor, nn
 from cachegraph.errors import TraceError
 from cachegraph.spec import version_of
 
-_CACHE = type(functools.lru_cache(lambda: None))
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-# No model's own code.
-_FOREIGN = {"torch", "sympy", "numpy", *sys.stdlib_module_names}
+from .reach import CACHE, CODE, PLAIN, holds_symbols, is_foreign, memoised, named
+
 _OWN = {__name__.partition(".")[0]}
 _INSTALLED = f"{sysconfig.get_path('purelib')}/"
 _HOLDERS = {"types", "collections", "weakref", "queue"}  # of these, what has attributes
-_PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
-_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
-_DEEP = 6  # containers within one another that what a cache keeps may have
 _NOTHING = object()
 # What has no state of its own -> what it is made of.
 _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
@@ -52,7 +51,7 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     classmethod: lambda found: (found.__func__,),
     property: lambda found: (found.fget, found.fset),
     functools.partial: lambda found: (found.func, found.args, found.keywords, vars(found)),
-    _CACHE: lambda found: (found.__wrapped__,),
+    CACHE: lambda found: (found.__wrapped__,),
     Tensor: lambda found: (vars(found),) if type(found) in (Tensor, nn.Parameter) else (),
     nn.Module: lambda found: (vars(found), type(found)),
 }
@@ -70,15 +69,15 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     """
     notes = _Notes()
     notes.walk(model)
-    caches = _caches()
+    caches = memoised()
     calls = {id(cache): cache.cache_info().misses for cache in caches}
-    held_before = {id(held) for held in notes.opaque if _holds_symbols(held)}  # another trace's
+    held_before = {id(held) for held in notes.opaque if holds_symbols(held)}  # another trace's
     imported = set(sys.modules)
 
     def restore(caches: Iterable[Any] = caches) -> None:
         notes.restore()
         for cache in caches:
-            if cache.cache_info().misses != calls.get(id(cache), 0) and _holds_symbols(cache):
+            if cache.cache_info().misses != calls.get(id(cache), 0) and holds_symbols(cache):
                 cache.cache_clear()
                 calls[id(cache)] = 0
         _forget(sys.modules.keys() - imported)
@@ -87,9 +86,9 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
         try:
             yield restore
         finally:
-            restore(_caches())  # those that were made meanwhile too
+            restore(memoised())  # those that were made meanwhile too
     for held in notes.opaque:
-        if id(held) not in held_before and _holds_symbols(held):
+        if id(held) not in held_before and holds_symbols(held):
             raise TraceError(
                 f"{type(model).__name__} keeps values between calls in a {type(held).__name__}, "
                 "which now holds tensors without data",
@@ -113,7 +112,7 @@ def _forget(names: Iterable[str]) -> None:
     """Python modules that were imported meanwhile and hold tensors of a trace are so anew."""
     for name in names:
         module = sys.modules[name]
-        if not _is_foreign(name) and _holds_symbols(module):
+        if not is_foreign(name) and holds_symbols(module):
             del sys.modules[name]
             parent, _, leaf = name.rpartition(".")
             if getattr(sys.modules.get(parent), leaf, None) is module:
@@ -160,13 +159,9 @@ class _Note:
 
     def restore(self) -> None:
         now = self.now()
-        same = len(now) == len(self.before) and all(map(_is, now, self.before))
-        if not same and (self.own or _holds_symbols(self.holder)):
+        same = len(now) == len(self.before) and all(map(is_, now, self.before))
+        if not same and (self.own or holds_symbols(self.holder)):
             self.write(self.before)
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
 
 
 class _Notes:
@@ -184,12 +179,12 @@ class _Notes:
         """Note down everything; what belongs to the model alone comes first."""
         self._near = {type(one).__module__.partition(".")[0] for one in model.modules()} - _OWN
         for name in list(sys.modules):  # a forward may import
-            if name.partition(".")[0] in self._near and not _is_foreign(name):
+            if name.partition(".")[0] in self._near and not is_foreign(name):
                 self._namespace(name)
         for own, found in ((True, [model]), (False, self._shared)):
             while found:
                 one = found.pop()
-                if not isinstance(one, _PLAIN) and id(one) not in self._seen:
+                if not isinstance(one, PLAIN) and id(one) not in self._seen:
                     self._seen[id(one)] = one
                     found.extend(self._look_into(one, own))
 
@@ -225,7 +220,7 @@ class _Notes:
         file = getattr(found, "__file__", None) or _INSTALLED
         package = name.partition(".")[0]
         if package in self._near or not (package in _OWN or file.startswith(_INSTALLED)):
-            self._namespace(name)
+            self._shared.extend(self._namespace(name))
         return ()
 
     def _generator(self, found: torch.Generator, own: bool) -> list[Any]:
@@ -236,7 +231,7 @@ class _Notes:
 
     def _object(self, found: Any, own: bool) -> Iterable[Any]:
         origin = type(found).__module__
-        if not _is_foreign(origin) or origin in _HOLDERS:
+        if not is_foreign(origin) or origin in _HOLDERS:
             return [*self._attributes(found, own), type(found)]
         if own and gc.is_tracked(found):
             self.opaque.append(found)
@@ -267,7 +262,7 @@ class _Notes:
             name
             for cls in type(found).__mro__
             for name, slot in vars(cls).items()
-            if type(slot) is types.MemberDescriptorType and not _is_foreign(cls.__module__)
+            if type(slot) is types.MemberDescriptorType and not is_foreign(cls.__module__)
         ]
 
         def now() -> list[Any]:
@@ -284,9 +279,12 @@ class _Notes:
         return [vars(found), *slots] if hasattr(found, "__dict__") else slots
 
     def _function(self, found: types.FunctionType) -> Iterable[Any]:
-        if _is_foreign(found.__module__):
+        if is_foreign(found.__module__):
             return ()
-        self._namespace(found.__module__)
+        name = found.__globals__.get("__name__")  # of a decorator's, if that is what was left
+        if isinstance(name, str) and not is_foreign(name):
+            self._namespace(name)
+            self._shared.extend(named(found))
         return found.__dict__, found.__defaults__, found.__kwdefaults__, found.__closure__
 
     def _cell(self, found: types.CellType, own: bool) -> list[Any]:
@@ -306,17 +304,18 @@ class _Notes:
 
     def _class(self, found: type, own: bool) -> Iterable[Any]:
         """Attributes of a class of the model's own, such as a cache that its instances share."""
-        if _is_foreign(found.__module__):
+        if is_foreign(found.__module__):
             return ()
         self._namespace(found.__module__)
         return [*self._variables(found, own), *found.__bases__]
 
-    def _namespace(self, name: str) -> None:
-        """Variables of a Python module, with what they hold."""
-        module = None if _is_foreign(name) else sys.modules.get(name)
-        if module is not None and name not in self._spaces:
-            self._spaces.add(name)
-            self._shared.extend(self._variables(module, own=False))
+    def _namespace(self, name: str) -> list[Any]:
+        """Note down a Python module's variables; those that hold data."""
+        module = None if is_foreign(name) else sys.modules.get(name)
+        if module is None or name in self._spaces:
+            return []
+        self._spaces.add(name)
+        return [v for v in self._variables(module, own=False) if not isinstance(v, CODE)]
 
     def _variables(self, owner: Any, own: bool) -> list[Any]:
         def now() -> list[Any]:
@@ -326,7 +325,7 @@ class _Notes:
             old = dict(zip(before[::2], before[1::2], strict=True))
             new = dict(zip(*[iter(now())] * 2, strict=True))
             for name in new.keys() - old.keys():
-                if own or _holds_symbols([new[name]]):
+                if own or holds_symbols([new[name]]):
                     delattr(owner, name)
             for name, value in old.items():
                 if new.get(name, _NOTHING) is not value:
@@ -348,35 +347,3 @@ class _Notes:
 
 def _flat(items: Iterable[tuple[Any, Any]]) -> list[Any]:
     return [part for item in items for part in item]
-
-
-def is_symbolic(value: Any) -> bool:
-    """Whether a value is a tensor without data, or one of its sizes."""
-    kind = type(value)
-    return issubclass(kind, _SYMBOLS) or (
-        issubclass(kind, Tensor) and kind.__module__.startswith("torch._subclasses")
-    )
-
-
-def _is_foreign(module: Any) -> bool:
-    return (module if isinstance(module, str) else "builtins").partition(".")[0] in _FOREIGN
-
-
-def _caches() -> list[Any]:
-    """Every memoised function of the process that is not torch's own."""
-    found = [one for one in gc.get_objects() if type(one) is _CACHE]
-    return [one for one in found if not _is_foreign(getattr(one, "__module__", None))]
-
-
-def _holds_symbols(holder: Any) -> bool:
-    """Whether tensors of a trace, or its sizes, are in what an object is made of."""
-    level = [vars(holder)] if isinstance(holder, _CODE) else [holder]
-    seen: dict[int, Any] = {}
-    for _ in range(_DEEP):
-        found = [one for one in gc.get_referents(*level) if not isinstance(one, (*_PLAIN, *_CODE))]
-        if any(map(is_symbolic, found)):
-            return True
-        level = [one for one in {id(one): one for one in found}.values() if id(one) not in seen]
-        level = [one for one in level if not isinstance(one, (Tensor, nn.Module))]
-        seen |= {id(one): one for one in level}
-    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,11 @@ def test_random_numbers_go_on() -> None:
 
 
 KEPT = """
-LAST = None
+KEPT = {}
 def last(x):
-    global LAST
-    LAST = 0 * x + 2 if LAST is None else LAST
-    return LAST
+    if 0 not in KEPT:
+        KEPT[0] = 0 * x + 2
+    return KEPT[0]
 """
 LATE = """
 {first}
@@ -92,24 +93,40 @@ class Late(own.Base):
 """
 
 
+LATE_PARTS = ("first", "then", "call")
+LATE_CASES = {
+    "new": ("", "from {package}.kept import last", "last"),
+    "imported": ("", "from {package}.kept import last", "last"),
+    "relative": ("", "from .kept import last", "last"),
+    "relative_module": ("", "from . import kept", "kept.last"),
+    "above": ("", "from ..{package}.kept import last", "last"),
+    "elsewhere": ("import kept_elsewhere", "", "kept_elsewhere.last"),
+    "by_text": ("import importlib", "", "importlib.import_module('kept_elsewhere').last"),
+    "nested": ("import kept_elsewhere", "", "(lambda: kept_elsewhere.last)()"),
+    "got": ("import kept_elsewhere", "", "getattr(kept_elsewhere, 'last')"),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["new", "imported", "elsewhere"])
+@pytest.mark.parametrize("case", LATE_CASES)
 def test_a_module_that_only_forward_asks(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / f"late_{case}"
-    package.mkdir()
+    name = f"late_{case}"
+    package = tmp_path / "outer" / name if case == "above" else tmp_path / name
+    package.mkdir(parents=True)
+    dotted = ".".join(package.relative_to(tmp_path).parts)
     (package / "__init__.py").touch()
     (package / "kept.py").write_text(KEPT)
     (tmp_path / "kept_elsewhere.py").write_text(KEPT)
-    late = {"first": "", "then": f"from {package.name}.kept import last", "call": "last"}
-    if case == "elsewhere":
-        late = {"first": "import kept_elsewhere", "then": "", "call": "kept_elsewhere.last"}
-    (package / "model.py").write_text(LATE.format(**late))
+    parts = (part.format(package=name) for part in LATE_CASES[case])
+    (package / "model.py").write_text(LATE.format(**dict(zip(LATE_PARTS, parts, strict=True))))
     monkeypatch.syspath_prepend(tmp_path)
-    model = importlib.import_module(f"{package.name}.model").Late().eval()
-    if case == "imported":
-        importlib.import_module(f"{package.name}.kept")
+    monkeypatch.delitem(sys.modules, "kept_elsewhere", raising=False)
+    model = importlib.import_module(f"{dotted}.model").Late().eval()
+    if case != "new":
+        for known in (f"{dotted}.kept", "kept_elsewhere"):
+            importlib.import_module(known)
     trace(model, (X, T))
     assert type(model(X, T)) is Tensor
     assert torch.equal(model(X, T), model(X, T))
