@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,9 @@ def table(count: int) -> Tensor:
     if count not in TABLES:
         TABLES[count] = torch.arange(float(count))
     return TABLES[count]
+
+
+@functools.cache
+def positions(count: int) -> Tensor:
+    """Likewise, memoised."""
+    return torch.arange(float(count))

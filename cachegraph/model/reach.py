@@ -7,8 +7,7 @@ import gc
 import sys
 import types
 from collections.abc import Iterator
-from itertools import accumulate, compress, repeat
-from operator import is_
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,13 +54,6 @@ def is_symbolic(value: Any) -> bool:
 def is_foreign(module: Any) -> bool:
     """Whether a Python module, by its name, is no model's own code."""
     return (module if isinstance(module, str) else "builtins").partition(".")[0] in _FOREIGN
-
-
-def memoised() -> list[Any]:
-    """Every memoised function of the process that is not torch's own."""
-    objects = gc.get_objects()
-    found = compress(objects, map(is_, map(type, objects), repeat(CACHE)))
-    return [one for one in found if not is_foreign(getattr(one, "__module__", None))]
 
 
 def holds_symbols(holder: Any) -> bool:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from cachegraph.errors import TraceError
 from cachegraph.spec import version_of
 
-from .reach import CACHE, CODE, PLAIN, holds_symbols, is_foreign, memoised, named
+from .reach import CACHE, CODE, PLAIN, holds_symbols, is_foreign, named
 
 _OWN = {__name__.partition(".")[0]}
 _INSTALLED = f"{sysconfig.get_path('purelib')}/"
@@ -69,24 +69,23 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     """
     notes = _Notes()
     notes.walk(model)
-    caches = memoised()
-    calls = {id(cache): cache.cache_info().misses for cache in caches}
+    calls = {cache: cache.cache_info().misses for cache in notes.memoised()}
     held_before = {id(held) for held in notes.opaque if holds_symbols(held)}  # another trace's
     imported = set(sys.modules)
 
-    def restore(caches: Iterable[Any] = caches) -> None:
+    def restore() -> None:
         notes.restore()
-        for cache in caches:
-            if cache.cache_info().misses != calls.get(id(cache), 0) and holds_symbols(cache):
+        for cache, misses in calls.items():
+            if cache.cache_info().misses != misses and holds_symbols(cache):
                 cache.cache_clear()
-                calls[id(cache)] = 0
+                calls[cache] = 0
         _forget(sys.modules.keys() - imported)
 
     with _random_numbers(model):
         try:
             yield restore
         finally:
-            restore(memoised())  # those that were made meanwhile too
+            restore()
     for held in notes.opaque:
         if id(held) not in held_before and holds_symbols(held):
             raise TraceError(
@@ -193,6 +192,11 @@ class _Notes:
         for note in self._notes:
             note.restore()
 
+    def memoised(self) -> list[Any]:
+        """The memoised functions among what can be reached, torch's own left out."""
+        found = (one for one in self._seen.values() if type(one) is CACHE)
+        return [one for one in found if not is_foreign(getattr(one, "__module__", None))]
+
     def _look_into(self, found: Any, own: bool) -> Iterable[Any]:
         """Note one object down; what it holds."""
         if isinstance(found, dict | list | deque | set):
@@ -279,11 +283,15 @@ class _Notes:
         return [vars(found), *slots] if hasattr(found, "__dict__") else slots
 
     def _function(self, found: types.FunctionType) -> Iterable[Any]:
-        if is_foreign(found.__module__):
+        if is_foreign(found.__module__ or ""):
             return ()
-        name = found.__globals__.get("__name__")  # of a decorator's, if that is what was left
-        if isinstance(name, str) and not is_foreign(name):
-            self._namespace(name)
+        space = found.__globals__  # of a decorator's, if that is what was left
+        if not is_foreign(name := space.get("__name__", "")):
+            if name in sys.modules:
+                self._namespace(name)
+            elif id(space) not in self._seen:  # of code that was made by hand
+                self._seen[id(space)] = space
+                self._container(space, own=False)
             self._shared.extend(named(found))
         return found.__dict__, found.__defaults__, found.__kwdefaults__, found.__closure__
 

@@ -211,6 +211,13 @@ def in_a_context() -> Base:
     return Keeps(lambda: CONTEXT.get(), CONTEXT.set)
 
 
+def in_code_made_by_hand() -> Base:
+    space: dict[str, Any] = {}
+    lines = "def write(value):", "  global last", "  last = value"
+    exec("\n".join(["last = None", "def read(): return last", *lines]), space)
+    return Keeps(space["read"], space["write"])
+
+
 class InWeakKeys(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +231,7 @@ class InWeakKeys(Base):
 
 class InAnotherModule(Base):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.body(x + keeps.table(4), t)
+        return self.body(x + keeps.table(4) * keeps.positions(4), t)
 
 
 class InAnArray(Base):
@@ -288,6 +295,7 @@ MODELS: dict[str, Callable[[], Base]] = {
     "forward replaced": WithForwardReplaced,
     "thread": in_a_thread,
     "context": in_a_context,
+    "code made by hand": in_code_made_by_hand,
     "weak keys": InWeakKeys,
     "another module": InAnotherModule,
     "array": InAnArray,
@@ -301,6 +309,7 @@ MODELS: dict[str, Callable[[], Base]] = {
 def fresh(name: str) -> Base:
     GLOBAL.clear()
     keeps.TABLES.clear()
+    keeps.positions.cache_clear()
     CONTEXT.set(None)
     InTheClass.shared.clear()
     positions.cache_clear()
