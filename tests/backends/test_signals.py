@@ -47,7 +47,11 @@ def test_an_ended_compilation_leaves_nothing_running(number: int, tmp_path: Path
         "TMPDIR": str(tmp_path / "tmp"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
     }
-    command = "import sys; from cachegraph.cli import main; sys.argv[0] = 'cachegraph'; main()"
+    # A shell's job in the background ignores Ctrl-C, and so does what it starts.
+    command = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from cachegraph.cli import main; sys.argv[0] = 'cachegraph'; main()"
+    )
     options = ["compile", "digits", "-s", "fora.yaml", "-o", "out.cgraph", "--backend", "aoti"]
     process = subprocess.Popen(
         [sys.executable, "-c", command, *options],
@@ -56,9 +60,13 @@ def test_an_ended_compilation_leaves_nothing_running(number: int, tmp_path: Path
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    assert wait_for(lambda: bool(workers(tmp_path / "cache")), 120), "no worker was started"
-    process.send_signal(number)
-    assert process.wait(timeout=30) == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -9)
+    try:
+        assert wait_for(lambda: bool(workers(tmp_path / "cache")), 120), "no worker was started"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -9)
+    finally:
+        process.kill()
+        process.wait()
     assert wait_for(lambda: not workers(tmp_path / "cache"), 60), "a worker goes on"
     assert not (tmp_path / "out.cgraph").exists()
     if number != signal.SIGKILL:  # nobody can clean up after that
