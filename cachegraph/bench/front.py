@@ -74,6 +74,7 @@ def plot_front(
             textcoords="offset points",
             fontsize=8,
         )
+    axes.margins(x=0.15)  # room for the names
     line = front(points)
     axes.plot([p.cost for p in line], [p.quality for p in line], c=_OWN, lw=1, label="front")
     axes.set_xlabel(cost)
