@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from cachegraph.errors import TraceError
 from cachegraph.spec import version_of
 
-from .reach import CACHE, CODE, PLAIN, holds_symbols, is_foreign, named
+from .reach import CACHE, PLAIN, holds_symbols, is_foreign, named
 
 _OWN = {__name__.partition(".")[0]}
 _INSTALLED = f"{sysconfig.get_path('purelib')}/"
@@ -224,7 +224,9 @@ class _Notes:
         file = getattr(found, "__file__", None) or _INSTALLED
         package = name.partition(".")[0]
         if package in self._near or not (package in _OWN or file.startswith(_INSTALLED)):
-            self._shared.extend(self._namespace(name))
+            self._namespace(name)
+            held = vars(found).values()  # nobody knows by which names it is asked
+            self._shared.extend(v for v in held if not isinstance(v, types.ModuleType))
         return ()
 
     def _generator(self, found: torch.Generator, own: bool) -> list[Any]:
@@ -317,13 +319,12 @@ class _Notes:
         self._namespace(found.__module__)
         return [*self._variables(found, own), *found.__bases__]
 
-    def _namespace(self, name: str) -> list[Any]:
-        """Note down a Python module's variables; those that hold data."""
+    def _namespace(self, name: str) -> None:
+        """Note down a Python module's variables, not what they hold."""
         module = None if is_foreign(name) else sys.modules.get(name)
-        if module is None or name in self._spaces:
-            return []
-        self._spaces.add(name)
-        return [v for v in self._variables(module, own=False) if not isinstance(v, CODE)]
+        if module is not None and name not in self._spaces:
+            self._spaces.add(name)
+            self._variables(module, own=False)
 
     def _variables(self, owner: Any, own: bool) -> list[Any]:
         def now() -> list[Any]:

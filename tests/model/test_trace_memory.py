@@ -103,6 +103,7 @@ LATE_CASES = {
     "elsewhere": ("import kept_elsewhere", "", "kept_elsewhere.last"),
     "by_text": ("import importlib", "", "importlib.import_module('kept_elsewhere').last"),
     "nested": ("import kept_elsewhere", "", "(lambda: kept_elsewhere.last)()"),
+    "held": ("from . import kept as hidden\nHELD = [hidden]", "", "HELD[0].last"),
     "got": ("import kept_elsewhere", "", "getattr(kept_elsewhere, 'last')"),
 }
 
