@@ -313,7 +313,7 @@ def test_a_fixed_size_is_an_error(graph: NamedGraph, artifact: cg.Artifact) -> N
 
 
 def test_an_operation_without_translation_is_named() -> None:
-    with pytest.raises(BackendError, match=r"no ONNX translation of cachegraph_tests.thrice"):
+    with pytest.raises(BackendError, match=r"no ONNX translation of elsewhere.thrice"):
         cg.compile(Custom().eval(), fora(2, 2), backend="onnx")
 
 

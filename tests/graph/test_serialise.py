@@ -108,7 +108,7 @@ def test_weights_stand_under_their_names() -> None:
 # --- what cannot be written
 
 
-@torch.library.custom_op("cachegraph_tests::twice", mutates_args=())
+@torch.library.custom_op("elsewhere::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     return x * 2
 
@@ -116,7 +116,7 @@ def twice(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        (torch.ops.cachegraph_tests.twice.default, "operation cachegraph_tests.twice.default"),
+        (torch.ops.elsewhere.twice.default, "operation elsewhere.twice.default"),
         (torch.relu, "operation <built-in method relu"),
         (operator.attrgetter, "operation <class 'operator.attrgetter'>"),
         (print, "operation <built-in function print>"),
