@@ -33,7 +33,8 @@ def front(points: Sequence[Point]) -> list[Point]:
     """The points that no other one beats: none is as good at less cost, or better at as much."""
     best = list[Point]()
     for point in sorted(points, key=lambda p: (p.cost, -p.quality)):
-        if not best or point.quality > best[-1].quality:
+        as_good = best and (point.cost, point.quality) == (best[-1].cost, best[-1].quality)
+        if not best or as_good or point.quality > best[-1].quality:
             best.append(point)
     return best
 

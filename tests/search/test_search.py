@@ -367,6 +367,7 @@ def test_images_of_pipelines() -> None:
 def test_the_front() -> None:
     points = [Point("a", 10, 40), Point("b", 12, 39), Point("c", 12, 45), Point("d", 9, 40)]
     assert [point.name for point in front(points)] == ["d", "c"]
+    assert [point.name for point in front([*points, Point("e", 12, 45)])] == ["d", "c", "e"]
 
 
 def test_the_command(tmp_path: Path) -> None:
