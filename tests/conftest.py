@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Tiny tensors gain nothing from a second thread; two workers share a small machine.
     torch.set_num_threads(1)
+    # Traces make millions of short-lived objects; the usual threshold of 700 makes of their
+    # collection a tenth of the suite.
+    gc.set_threshold(2_000, 20, 100)
+    # One thread needs no pool of processes that compile, and g++ spends half its time on making
+    # the frame of a compiled graph, which computes nothing, a little faster.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 
 def _missing(*modules: str) -> str:
@@ -66,6 +75,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker in list(item.iter_markers()):
             if reason := _reason_to_skip(marker.name, config):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_collected_again() -> None:
+    """What a worker holds for good, torch and traced models, is not walked in every collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_models_are_traced_once() -> Iterator[None]:
+    """Commands are run on the same few models a hundred times."""
+    from tests.traces import traced_once
+
+    with traced_once():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,6 +25,7 @@ from cachegraph.methods.method import EXAMPLE_STEPS, Method
 from cachegraph.methods.router_file import Mask, mask_to_yaml
 from cachegraph.model.trace import TracedModel, trace
 from cachegraph.zoo import DiT, Flux, PixArt, STDiT3
+from tests.traces import fingerprint
 
 DATA = Path(__file__).parent / "data"
 Inputs = dict[str, Any]
@@ -150,27 +151,16 @@ def shared_dit(depth: int = 2) -> tuple[DiT, TracedModel]:
     """A tiny DiT and its trace, once for all tests, none of which may change them."""
     model = tiny_dit(depth=depth)
     traced = trace(model, dit_steps(1)[0])
-    _SHARED[f"a DiT of depth {depth}"] = (traced, _fingerprint(traced))
+    _SHARED[f"a DiT of depth {depth}"] = (traced, fingerprint(traced))
     return model, traced
 
 
 _SHARED: dict[str, tuple[TracedModel, str]] = {}
 
 
-def _fingerprint(traced: TracedModel) -> str:
-    """Of a trace's graph, its shapes (what asks a free one fixes it) and its model's weights."""
-    digest = hashlib.sha256(str(traced.module.graph).encode())
-    for node in traced.module.graph.nodes:
-        values = _pytree.tree_leaves(node.meta.get("val"))
-        digest.update(str([getattr(value, "shape", value) for value in values]).encode())
-    for name, tensor in traced.module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype}".encode() + tensor.detach().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def changed_models() -> list[str]:
     """Those that tests share and have changed."""
-    return [name for name, (traced, before) in _SHARED.items() if _fingerprint(traced) != before]
+    return [name for name, (traced, before) in _SHARED.items() if fingerprint(traced) != before]
 
 
 def tiny_pixart() -> PixArt:
