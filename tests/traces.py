@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from cachegraph.bench import bench
+from cachegraph.cli import _Commands
 from cachegraph.compiler import compile as compiler
 from cachegraph.model import trace as tracing
 from cachegraph.model.trace import TracedModel
@@ -56,9 +57,24 @@ def trace_once(model: nn.Module, *args: Any, **options: Any) -> TracedModel:
 
 @contextmanager
 def traced_once() -> Iterator[None]:
-    """What cachegraph itself traces; a test that calls ``trace`` gets a trace of its own."""
+    """What commands and the search trace.
+
+    A test that calls ``trace`` or ``compile`` itself may go on to change the model that it has.
+    """
+    invoke = _Commands.invoke
+
+    def invoke_tracing_once(*args: Any) -> Any:
+        with _in_place_of_trace(tracing, compiler, bench):
+            return invoke(*args)
+
+    with _in_place_of_trace(player), mock.patch.object(_Commands, "invoke", invoke_tracing_once):
+        yield
+
+
+@contextmanager
+def _in_place_of_trace(*modules: Any) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (tracing, compiler, player, bench):
+        for module in modules:
             stack.enter_context(mock.patch.object(module, "trace", trace_once))
         yield
 
