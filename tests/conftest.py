@@ -33,8 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Traces make millions of short-lived objects; the usual threshold of 700 makes of their
     # collection a tenth of the suite.
     gc.set_threshold(2_000, 20, 100)
-    # One thread needs no pool of processes that compile, and g++ spends half its time on making
-    # the frame of a compiled graph, which computes nothing, a little faster.
+    # One thread needs no pool of processes that compile, and what g++ would optimise longest is
+    # the frame of a compiled graph, which computes nothing.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 

@@ -28,6 +28,7 @@ from cachegraph.zoo import DiT, Flux, PixArt, STDiT3
 from tests.traces import fingerprint
 
 DATA = Path(__file__).parent / "data"
+_LIBRARY = "elsewhere"
 Inputs = dict[str, Any]
 Call = tuple[Tensor, Tensor, Tensor]  # x, t, y of a DiT
 
@@ -65,6 +66,11 @@ def refused(call: Callable[[], Any], *parts: str) -> None:
         call()
     for part in parts:
         assert part in str(caught.value)
+
+
+def own_operator(function: Callable[..., Any]) -> Any:
+    """A function as an operator of somebody else's library, as models bring them along."""
+    return torch.library.custom_op(f"{_LIBRARY}::{function.__name__}", function, mutates_args=())
 
 
 def tensors(result: Any) -> list[Tensor]:

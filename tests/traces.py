@@ -26,7 +26,7 @@ from cachegraph.model.trace import TracedModel
 from cachegraph.search import player
 
 # Models that are nothing but their attributes; classes of tests keep state elsewhere, too.
-PLAIN = ("cachegraph.zoo.", "tests.tiny")
+PLAIN = ("cachegraph.zoo.", "tests.tiny.")
 _TRACES: dict[str, tuple[TracedModel, str]] = {}
 _trace = tracing.trace
 

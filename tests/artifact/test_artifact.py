@@ -23,7 +23,7 @@ from cachegraph.artifact.artifact import Artifact
 from cachegraph.artifact.load import load_artifact
 from cachegraph.errors import ArtifactError, InputError
 from cachegraph.runtime.runner import Runner
-from tests.models import compile_traced, signed
+from tests.models import compile_traced, own_operator, signed
 from tests.tiny import Tiny, call, tiny, traced
 
 ROOT = Path(__file__).parents[2]
@@ -293,7 +293,7 @@ def test_a_failed_swap_puts_the_older_artifact_back(
     assert contents(folder) == contents(original)
 
 
-@torch.library.custom_op("elsewhere::thrice", mutates_args=())
+@own_operator
 def thrice(x: Tensor) -> Tensor:
     return x * 3
 

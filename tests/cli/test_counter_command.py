@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
 
 from cachegraph import cli
-from cachegraph.model import trace
 
 TOCA = "cachegraph: 1\nsteps: {steps}\npolicy: {{method: toca, {keys}}}\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """DiT-XL/2 is the same for all schedules."""
-    original = trace.trace
-
-    once_per_name: dict[str, Any] = {}
-
-    def remembered(model: Any, args: Any, kwargs: Any) -> Any:
-        if model.arch not in once_per_name:
-            once_per_name[model.arch] = original(model, args, kwargs)
-        return once_per_name[model.arch]
-
-    with mock.patch.object(trace, "trace", remembered):
-        yield
 
 
 def plan(*args: str) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from cachegraph.errors import ArtifactError
 from cachegraph.graph.serialise import graph_from_json, graph_to_json, weights_module
+from tests.models import own_operator
 from tests.tiny import call, stages, tiny
 
 aten = torch.ops.aten
@@ -108,7 +109,7 @@ def test_weights_stand_under_their_names() -> None:
 # --- what cannot be written
 
 
-@torch.library.custom_op("elsewhere::twice", mutates_args=())
+@own_operator
 def twice(x: Tensor) -> Tensor:
     return x * 2
 

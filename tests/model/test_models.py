@@ -21,6 +21,7 @@ from tests.models import (
     fora,
     full,
     one_thread,  # noqa: F401
+    own_operator,
     read_configs,
     relative_error,
     shared_dit,
@@ -189,7 +190,7 @@ def test_what_is_known_may_be_computed_for_many_steps_at_once(case: Case) -> Non
             assert relative_error(run(**call), result) <= 1e-6
 
 
-@torch.library.custom_op("elsewhere::halves", mutates_args=())
+@own_operator
 def halves(x: Tensor) -> list[Tensor]:
     """An operator that torch cannot batch: it returns a list."""
     return [x[:, :16].clone(), x[:, 16:].clone()]
